@@ -1,0 +1,52 @@
+# Everything goes through .venv; `make setup` builds it once and does nothing when it is up to date.
+PYTHON ?= python3
+HOST ?= 127.0.0.1
+PORT ?= 8000
+CONFIG ?=
+TORCH = torch==2.13.0
+
+BIN = .venv/bin
+STAMP = .venv/.complete
+PIP = $(BIN)/python -m pip --disable-pip-version-check --quiet
+# Two cores are the reference machine: tests keep numeric libraries to one thread each.
+TEST_ENV = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: setup serve test test-slow check fmt bench clean
+
+setup: $(STAMP)
+
+$(STAMP): requirements.lock requirements-dev.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Libration needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Set PYTHON=..." >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing into .venv (a few minutes the first time)"
+	@$(PIP) install '$(TORCH)' && \
+		$(PIP) install --no-deps -r requirements.lock -r requirements-dev.lock && \
+		$(PIP) install --no-deps --no-build-isolation --editable . || \
+		{ echo "installation failed: is the package index reachable from here? (pip's own message is above)" >&2; exit 1; }
+	@touch $@
+
+serve: setup
+	@$(BIN)/libration serve --host $(HOST) --port $(PORT) $(if $(CONFIG),--config $(CONFIG))
+
+test: setup
+	$(TEST_ENV) $(BIN)/python -m pytest -q
+
+test-slow: setup
+	$(TEST_ENV) $(BIN)/python -m pytest -q -m slow --timeout 3600
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+fmt: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup
+	$(BIN)/python bench/serve.py
+
+clean:
+	rm -rf .venv

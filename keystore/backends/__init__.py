@@ -1,0 +1,1 @@
+"""Where versions are kept: the Backend protocol and its implementations."""

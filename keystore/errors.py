@@ -1,0 +1,64 @@
+# ruff: noqa: N818 - the names say what happened; "Error" would add nothing but length
+"""What can go wrong with keys, for the caller.
+
+KeyStoreError
+├── InvalidConfig            a gravity setting or scope name outside its range (also a ValueError)
+├── InvalidStatistics        statistics that do not fit the store: shape, expert id, layer (also a ValueError)
+│   └── NonFiniteStatistics  NaN or infinity among queries or weights
+├── NonFiniteQueries         a search whose inner products are NaN or infinite
+├── KeyVersionUnavailable    unknown, thinned or expired version
+├── VersionConflict          the scope's latest version is not the one the caller named
+├── OutOfBounds              keys outside the trust region of their anchors, or not finite
+├── StoreCorrupted           stored bytes that contradict their sizes, checksum or audit chain
+├── ModelMismatch            stored keys belong to another model
+└── StoreLocked              another process has the data file open
+
+A backend's own I/O failures (disk full, a broken file system) pass through as the library raised them.
+"""
+
+
+class KeyStoreError(Exception):
+    """Anything this package raises for its caller."""
+
+
+class InvalidConfig(KeyStoreError, ValueError):
+    """A setting outside its range; the message says what, what was given, what is allowed."""
+
+    def __init__(self, what: str, given: object, allowed: str) -> None:
+        super().__init__(f"{what} is {given!r}; allowed: {allowed}")
+
+
+class InvalidStatistics(KeyStoreError, ValueError):
+    """Statistics that do not fit: a shape, an expert id or a layer the store does not have."""
+
+
+class NonFiniteStatistics(InvalidStatistics):
+    """NaN or infinity among the queries or weights of a window."""
+
+
+class NonFiniteQueries(KeyStoreError):
+    """A search met inner products that are NaN or infinite."""
+
+
+class KeyVersionUnavailable(KeyStoreError):
+    """The version is unknown, thinned away or expired."""
+
+
+class VersionConflict(KeyStoreError):
+    """The latest version of the scope is not the one the caller expected."""
+
+
+class OutOfBounds(KeyStoreError):
+    """Keys that are not finite or lie outside the trust region of their anchors."""
+
+
+class StoreCorrupted(KeyStoreError):
+    """Stored bytes that contradict their sizes, their checksum or the audit chain."""
+
+
+class ModelMismatch(KeyStoreError):
+    """The stored keys belong to another model and are never adopted."""
+
+
+class StoreLocked(KeyStoreError):
+    """Another process has the data file open."""

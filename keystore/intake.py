@@ -1,0 +1,89 @@
+"""The bounded queue of windows waiting to be learned. Never blocks a producer; what it refuses it counts."""
+
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from keystore.records import RoutingStats, ScopeId
+
+DropReason = Literal["queue_full", "non_finite", "frozen", "superseded"]
+
+
+@dataclass(frozen=True, slots=True)
+class PendingWindow:
+    """One window and when it came."""
+
+    stats: RoutingStats
+    submitted_at_s: float  # monotonic
+
+
+class Intake:
+    """Thread-safe queue of at most `capacity` windows."""
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._windows: deque[PendingWindow] = deque()
+        self._changed = threading.Condition()
+        self._dropped: Counter[str] = Counter(
+            {"queue_full": 0, "non_finite": 0, "frozen": 0, "superseded": 0}
+        )
+
+    def put(self, stats: RoutingStats) -> bool:
+        """Append a window; False and counted when the queue is full."""
+        with self._changed:
+            if len(self._windows) >= self._capacity:
+                self._dropped["queue_full"] += 1
+                return False
+            self._windows.append(PendingWindow(stats, time.monotonic()))
+            self._changed.notify_all()
+            return True
+
+    def count_dropped(self, reason: DropReason, windows: int = 1) -> None:
+        """Count windows that never got in, or were taken out unlearned."""
+        with self._changed:
+            self._dropped[reason] += windows
+
+    def take_all(self) -> list[PendingWindow]:
+        """Everything waiting, oldest first."""
+        with self._changed:
+            windows = list(self._windows)
+            self._windows.clear()
+            return windows
+
+    def give_back(self, windows: Sequence[PendingWindow]) -> None:
+        """Put windows back in front, past the capacity if need be: they were accepted once."""
+        with self._changed:
+            self._windows.extendleft(reversed(windows))
+
+    def discard(self, scope: ScopeId) -> None:
+        """Drop a scope's waiting windows: they were learned on keys that a rollback has just replaced."""
+        with self._changed:
+            kept = [window for window in self._windows if window.stats.scope != scope]
+            self._dropped["superseded"] += len(self._windows) - len(kept)
+            self._windows = deque(kept)
+
+    def wait(self, timeout_s: float) -> bool:
+        """Sleep until a window waits, `wake` is called or the time is up; True when a window waits."""
+        with self._changed:
+            if not self._windows:
+                self._changed.wait(timeout_s)
+            return bool(self._windows)
+
+    def wake(self) -> None:
+        """End every `wait` now."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def dropped(self) -> Mapping[str, int]:
+        """Windows not learned, by reason."""
+        with self._changed:
+            return dict(self._dropped)
+
+    def waiting(self) -> tuple[int, float]:
+        """Number of windows and the age of the oldest in seconds."""
+        with self._changed:
+            oldest = self._windows[0].submitted_at_s if self._windows else None
+            return len(self._windows), 0.0 if oldest is None else time.monotonic() - oldest

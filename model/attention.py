@@ -1,0 +1,97 @@
+"""Rotary positions and grouped-query attention, over a cache when serving and over whole rows when training.
+
+R rows of a batch, Q query heads, G key/value heads, D head_dim, L positions in the cache.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - the field's name for it
+from torch import Tensor
+
+from model.config import ModelConfig
+from model.kv_cache import SequenceCache
+
+
+def rope_table(config: ModelConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin of every position, each (max_position_embeddings, head_dim / 2), float32."""
+    half = config.head_dim // 2
+    inverse = 1.0 / (config.rope_theta ** (torch.arange(half, dtype=torch.float32, device=device) / half))
+    positions = torch.arange(config.max_position_embeddings, dtype=torch.float32, device=device)
+    angles = torch.outer(positions, inverse)
+    return angles.cos(), angles.sin()
+
+
+def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate halves by their positions' angles. heads (R, heads, D); cos, sin (R, 1, D / 2) float32."""
+    first, second = heads.float().chunk(2, dim=-1)
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return rotated.to(heads.dtype)
+
+
+def causal_mask(start: int, length: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """Additive mask (length, start + length) of a chunk behind `start` cached positions.
+
+    None where no explicit mask is needed: a single row sees everything, a first chunk is plainly causal.
+    """
+    if length == 1 or start == 0:
+        return None
+    mask = torch.full((length, start + length), float("-inf"), dtype=dtype, device=device)
+    return mask.triu_(start + 1)
+
+
+def attend_cached(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layer: int,
+    spans: Sequence[tuple[int, int, int, SequenceCache, Tensor | None]],
+) -> Tensor:
+    """Attention of every sequence's rows over its own cache, which takes in their keys and values first.
+
+    query (R, Q, D), key and value (R, G, D); a span is (first row, rows, first position, cache, mask).
+    Each sequence is computed by itself, so its result does not depend on its neighbours in the batch.
+    Returns (R, Q * D); rows outside every span are zero.
+    """
+    _, num_query_heads, head_dim = query.shape
+    group = num_query_heads // key.shape[1]
+    attended = torch.zeros_like(query)
+    for row, length, start, cache, mask in spans:
+        end = start + length
+        layer_keys, layer_values = cache.keys[layer], cache.values[layer]
+        if length == 1:
+            layer_keys[:, start] = key[row]
+            layer_values[:, start] = value[row]
+            # The query heads that share a key/value head become rows of one small attention: (1, G, Q/G, D).
+            grouped = query[row].view(1, -1, group, head_dim)
+            result = F.scaled_dot_product_attention(
+                grouped, layer_keys[None, :, :end], layer_values[None, :, :end]
+            )
+            attended[row] = result.view(num_query_heads, head_dim)
+            continue
+        rows = slice(row, row + length)
+        layer_keys[:, start:end] = key[rows].transpose(0, 1)
+        layer_values[:, start:end] = value[rows].transpose(0, 1)
+        result = F.scaled_dot_product_attention(
+            query[rows].transpose(0, 1)[None],
+            layer_keys[None, :, :end],
+            layer_values[None, :, :end],
+            attn_mask=mask,
+            is_causal=mask is None,
+            enable_gqa=True,
+        )
+        attended[rows] = result[0].transpose(0, 1)
+    return attended.flatten(1)
+
+
+def attend_whole(query: Tensor, key: Tensor, value: Tensor, batch_size: int) -> Tensor:
+    """Causal attention without a cache over `batch_size` sequences of equal length laid end to end.
+
+    query (B * T, Q, D), key and value (B * T, G, D) -> (B * T, Q * D). Differentiable; for training.
+    """
+    group = query.shape[1] // key.shape[1]
+    q, k, v = (t.unflatten(0, (batch_size, -1)).transpose(1, 2) for t in (query, key, value))
+    result = F.scaled_dot_product_attention(
+        q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), is_causal=True
+    )
+    return result.transpose(1, 2).flatten(0, 1).flatten(1)

@@ -1,0 +1,85 @@
+"""A variant's expert blocks on disk: `config.json` and `blocks.safetensors` in one folder."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from model.blocks import BLOCKS, build_block
+from model.blocks.base import BlockConfig, ExpertBlock
+from model.errors import CheckpointError
+
+WEIGHTS_FILE = "blocks.safetensors"
+CONFIG_FILE = "config.json"
+SHIPPED = Path(__file__).parent.parent / "weights"
+
+
+def shipped_folder(variant: str) -> Path:
+    """Where the blocks that come with Libration lie."""
+    return SHIPPED / variant
+
+
+def read_config(folder: Path) -> BlockConfig:
+    """The block configuration of a folder. Raises CheckpointError naming what is missing or wrong."""
+    path = folder / CONFIG_FILE
+    try:
+        raw = json.loads(path.read_text())
+        config = BlockConfig(**{**raw, "layers": tuple(raw["layers"])})
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path} is no block configuration: {error}") from error
+    if config.kind not in BLOCKS:
+        raise CheckpointError(f"{path}: kind {config.kind!r} is not one of {sorted(BLOCKS)}")
+    return config
+
+
+def load_blocks(folder: Path, hidden_size: int) -> tuple[BlockConfig, dict[int, ExpertBlock]]:
+    """Blocks by layer, float32, without gradients. Raises CheckpointError on any missing or misshapen tensor."""
+    config = read_config(folder)
+    if config.hidden_size != hidden_size:
+        raise CheckpointError(
+            f"{folder}: blocks are for hidden size {config.hidden_size}, the base model has {hidden_size}"
+        )
+    path = folder / WEIGHTS_FILE
+    try:
+        stored = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    blocks: dict[int, ExpertBlock] = {}
+    for layer in config.layers:
+        block = build_block(config)
+        for name, parameter in block.named_parameters():
+            key = f"layers.{layer}.{name}"
+            tensor = stored.pop(key, None)
+            if tensor is None:
+                raise CheckpointError(f"{path} has no tensor {key!r}")
+            if tensor.shape != parameter.shape:
+                raise CheckpointError(
+                    f"{path}: tensor {key!r} has shape {tuple(tensor.shape)}, expected {tuple(parameter.shape)}"
+                )
+            if not torch.isfinite(tensor).all():
+                raise CheckpointError(f"{path}: tensor {key!r} holds values that are not finite")
+            parameter.data = tensor.float()
+            parameter.requires_grad_(requires_grad=False)
+        blocks[layer] = block.eval()
+    if stored:
+        raise CheckpointError(f"{path} has tensors that no block takes: {sorted(stored)[:3]}")
+    return config, blocks
+
+
+def save_blocks(folder: Path, config: BlockConfig, blocks: Mapping[int, nn.Module], dtype: torch.dtype) -> None:
+    """Write blocks in `dtype`; each file appears whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        f"layers.{layer}.{name}": parameter.detach().to(dtype).contiguous()
+        for layer, block in blocks.items()
+        for name, parameter in block.named_parameters()
+    }
+    partial = folder / f"{WEIGHTS_FILE}.partial"
+    save_file(tensors, partial)
+    partial.replace(folder / WEIGHTS_FILE)
+    (folder / CONFIG_FILE).write_text(json.dumps(asdict(config), indent=1) + "\n")

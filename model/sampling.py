@@ -1,0 +1,65 @@
+"""From logits to the next token, one sequence at a time, reproducible by seed whatever else is in the batch.
+
+V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CANDIDATES = 4096  # how many of the likeliest tokens are looked at before the whole vocabulary has to be
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one sequence chooses its tokens. temperature 0 is greedy; top_k 0 and top_p 1 switch those off."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop_token_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0 or self.top_k == 1
+
+
+def sample(logits: Tensor, params: SamplingParams, generator: torch.Generator) -> int:
+    """The next token of one sequence from its logits (V) float32.
+
+    Order of the filters as in vLLM and transformers: temperature, top_k, top_p, min_p. One uniform number is
+    drawn per token and inverted on the descending cumulative distribution.
+    """
+    if params.greedy:
+        return int(logits.argmax())
+    scaled = logits / params.temperature
+    probabilities = (scaled - scaled.logsumexp(-1)).exp()
+    uniform = torch.rand((), generator=generator)
+    count = CANDIDATES if params.top_k == 0 else min(params.top_k, CANDIDATES)
+    while True:
+        count = min(count, len(probabilities))
+        top, token_ids = probabilities.topk(count)
+        complete = count == len(probabilities) or params.top_k in range(1, count + 1)
+        kept = _kept(top, params)
+        if complete or kept < count:  # the cut lies inside the candidates
+            cumulative = top[:kept].double().cumsum(0)
+            chosen = int(torch.searchsorted(cumulative, uniform.double() * cumulative[-1], right=True))
+            return int(token_ids[min(chosen, kept - 1)])
+        count = len(probabilities)
+
+
+def _kept(descending: Tensor, params: SamplingParams) -> int:
+    """How many of the leading candidates survive top_p and min_p; never none."""
+    kept = len(descending)
+    top_k_total = descending.sum() if params.top_k else descending.new_ones(())
+    if params.top_p < 1.0:
+        before = descending.cumsum(0) - descending  # mass ahead of each candidate
+        kept = min(kept, int((before < params.top_p * top_k_total).sum()))
+    if params.min_p > 0.0:
+        kept = min(kept, int((descending >= params.min_p * descending[0]).sum()))
+    return max(kept, 1)

@@ -1,0 +1,1 @@
+"""Training and measuring expert blocks. Imported by `libration train` and `libration evaluate` only."""

@@ -1,0 +1,87 @@
+"""Token windows of every domain and split, built once from `sources` and recorded in a manifest."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from model.tokenizer import TextTokenizer
+from model.training.sources import DOMAINS, Domain, documents
+
+WINDOW = 512  # tokens per training or evaluation window; each is one independent sequence
+SEED = 2026
+WINDOWS_PER_FILE = {"train": 64, "validation": 4, "heldout": 4}  # measuring wants many files, not long ones
+
+
+@dataclass(frozen=True, slots=True)
+class WindowSet:
+    """Windows of one domain and split: tokens (windows, WINDOW + 1) int32, the file that each came from."""
+
+    domain: str
+    tokens: NDArray[np.int32]
+    file_index: NDArray[np.int32]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def build(
+    folder: Path, tokenizer: TextTokenizer, tokens_per_domain: dict[str, int], domains: Iterable[Domain] = DOMAINS
+) -> None:
+    """Write `<domain>-<split>.npz` for every domain and a manifest of every file used. Existing ones are kept.
+
+    tokens_per_domain: split -> tokens wanted. Untrained domains get no train split.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    manifest_path = folder / "manifest.json"
+    manifest = json.loads(manifest_path.read_text()) if manifest_path.is_file() else {"seed": SEED, "files": {}}
+    work = [
+        (domain, split)
+        for domain in domains
+        for split in tokens_per_domain
+        if domain.trained or split != "train"
+        if not (folder / f"{domain.name}-{split}.npz").is_file()
+    ]
+    for domain, split in work:
+        windows, index, files = _collect(domain, split, tokenizer, tokens_per_domain[split])
+        np.savez(folder / f"{domain.name}-{split}.npz", tokens=windows, file_index=index)
+        manifest["files"][f"{domain.name}-{split}"] = files
+        manifest_path.write_text(json.dumps(manifest, indent=1))
+
+
+def load(folder: Path, split: str, domains: Iterable[Domain] = DOMAINS) -> dict[str, WindowSet]:
+    """The windows of a split by domain, untrained domains left out of the train split."""
+    sets: dict[str, WindowSet] = {}
+    for domain in domains:
+        path = folder / f"{domain.name}-{split}.npz"
+        if path.is_file():
+            with np.load(path, allow_pickle=False) as arrays:
+                sets[domain.name] = WindowSet(domain.name, arrays["tokens"], arrays["file_index"])
+    return sets
+
+
+def _collect(
+    domain: Domain, split: str, tokenizer: TextTokenizer, tokens_wanted: int
+) -> tuple[NDArray[np.int32], NDArray[np.int32], list[dict[str, object]]]:
+    """Cut files into windows until there are enough; a file's last, shorter window is left out."""
+    windows: list[NDArray[np.int32]] = []
+    index: list[int] = []
+    files: list[dict[str, object]] = []
+    bar = tqdm(total=tokens_wanted, desc=f"{domain.name} {split}", unit="tok", unit_scale=True)
+    for document in documents(domain, split, SEED):
+        ids = np.array(tokenizer.encode(document.text), dtype=np.int32)
+        count = min((len(ids) - 1) // WINDOW, WINDOWS_PER_FILE[split])
+        if count == 0:
+            continue
+        windows += [ids[i * WINDOW : (i + 1) * WINDOW + 1] for i in range(count)]
+        index += [len(files)] * count
+        files.append({"path": str(document.path), "sha256": document.sha256, "windows": count})
+        bar.update(count * WINDOW)
+        if len(windows) * WINDOW >= tokens_wanted:
+            break
+    bar.close()
+    return np.stack(windows), np.array(index, dtype=np.int32), files

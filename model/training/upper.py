@@ -1,0 +1,89 @@
+"""The trained part of the model as one differentiable pass: from the first block's layer to the loss.
+
+Below the first block everything is frozen and does not depend on any block, so its output is computed once per
+window and kept. B windows, T tokens of each, H hidden.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from model.attention import attend_whole
+from model.blocks.base import ExpertBlock
+from model.head import NextTokenLoss
+from model.transformer import Transformer
+
+
+def lower_states(model: Transformer, tokens: Tensor, first_block: int) -> Tensor:
+    """Hidden states behind layer `first_block`, before its block: tokens (B, T) -> (B, T, H)."""
+    with torch.inference_mode():
+        return run_layers(model, F.embedding(tokens, model.embedding), 0, first_block + 1)
+
+
+def run_layers(model: Transformer, hidden: Tensor, first: int, end: int) -> Tensor:
+    """Layers `first` to `end - 1` of the base over whole windows (B, T, H)."""
+    batch, length, _ = hidden.shape
+    rope = model.rope_at(torch.arange(length, device=hidden.device).repeat(batch))
+    rows = hidden.flatten(0, 1)
+    for weights in model.layers[first:end]:
+        rows = model.layer(rows, weights, rope, lambda q, k, v: attend_whole(q, k, v, batch))
+    return rows.unflatten(0, (batch, length))
+
+
+def upper_loss(
+    model: Transformer, blocks: Mapping[int, ExpertBlock], hidden: Tensor, targets: Tensor, first: int
+) -> tuple[Tensor, Tensor]:
+    """From hidden states behind layer `first` to the loss; blocks, if any, sit at `first` or above.
+
+    hidden (B, T, H), targets (B, T) -> next-token loss per token (B, T) and the blocks' auxiliary loss.
+    """
+    at = first
+    auxiliary = torch.zeros((), device=hidden.device)
+    for layer in sorted(blocks):
+        hidden = run_layers(model, hidden, at + 1, layer + 1)
+        contribution, block_loss = blocks[layer](hidden.flatten(0, 1))
+        hidden = hidden + contribution.view_as(hidden).to(hidden.dtype)
+        auxiliary = auxiliary + block_loss
+        at = layer
+    hidden = run_layers(model, hidden, at + 1, len(model.layers))
+    losses = NextTokenLoss.apply(
+        hidden.flatten(0, 1), model.final_norm, model.config.rms_norm_eps, model.embedding, targets.flatten()
+    )
+    assert isinstance(losses, Tensor)
+    return losses.view_as(targets), auxiliary
+
+
+class LowerStates:
+    """Lower-layer outputs of a window set, computed on first use and kept in a memory-mapped file.
+
+    Kept as raw 16-bit words, so every later epoch, learning rate and variant reads what the first computed.
+    """
+
+    def __init__(self, model: Transformer, tokens: Tensor, first_block: int, path: Path):
+        self._model, self._tokens, self._first_block = model, tokens, first_block
+        shape = (len(tokens), tokens.shape[1], model.config.hidden_size)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        mode = "r+" if path.is_file() else "w+"
+        self._states = np.memmap(path, dtype=np.uint16, mode=mode, shape=shape)
+        self._known_path = path.with_suffix(".known")
+        self._known = np.memmap(
+            self._known_path,
+            dtype=np.uint8,
+            mode="r+" if self._known_path.is_file() else "w+",
+            shape=(len(tokens),),
+        )
+
+    def of(self, windows: Tensor) -> Tensor:
+        """States of some windows: (B) indices -> (B, T, H) bfloat16."""
+        rows = windows.numpy()
+        missing = rows[self._known[rows] == 0]
+        if len(missing):
+            states = lower_states(self._model, self._tokens[torch.from_numpy(missing)], self._first_block)
+            self._states[missing] = states.bfloat16().cpu().view(torch.int16).numpy().view(np.uint16)
+            self._known[missing] = 1
+        words = torch.from_numpy(np.asarray(self._states[rows]).view(np.int16))
+        return words.view(torch.bfloat16).to(self._model.device)

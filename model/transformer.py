@@ -1,0 +1,153 @@
+"""The frozen base model and one batched step through it, with expert blocks where a variant has them.
+
+Sequences of all variants share one pass: the base's products run over every row, a block only over the rows of
+its own variant. R rows (padded), H hidden, V vocabulary.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from model.attention import attend_cached, causal_mask, rope_table, rotate
+from model.blocks.base import BlockSpan, ExpertBlock, ExpertUsage, RoutingTrace
+from model.config import ModelConfig
+from model.keys import KeyView
+from model.kv_cache import SequenceCache
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+# Rows of a batch are padded to a multiple of this: then a row's bits do not depend on how many others there are.
+ROW_MULTIPLE = {torch.float32: 4, torch.bfloat16: 2}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """One decoder layer. Fused projections: qkv (Q + 2G heads, H), gate_up (2 * intermediate, H)."""
+
+    input_norm: Tensor
+    qkv_proj: Tensor
+    o_proj: Tensor
+    post_attention_norm: Tensor
+    gate_up_proj: Tensor
+    down_proj: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """Expert blocks by layer, and the count of what they routed."""
+
+    blocks: Mapping[int, ExpertBlock]
+    usage: ExpertUsage
+
+
+@dataclass(slots=True, eq=False)
+class Segment:
+    """Consecutive tokens of one sequence in one batch."""
+
+    token_ids: Sequence[int]
+    start: int  # position of the first token
+    cache: SequenceCache
+    variant: Variant | None = None  # None: the untouched base
+    keys: KeyView | None = None  # required with a variant
+    trace: RoutingTrace | None = None
+    decode: bool = False
+
+
+class Transformer:
+    """A Llama-family decoder with tied embeddings."""
+
+    def __init__(
+        self, config: ModelConfig, embedding: Tensor, layers: Sequence[LayerWeights], final_norm: Tensor
+    ):
+        assert len(layers) == config.num_hidden_layers, (len(layers), config.num_hidden_layers)
+        self.config = config
+        self.embedding = embedding
+        self.layers = tuple(layers)
+        self.final_norm = final_norm
+        self.cos, self.sin = rope_table(config, embedding.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.device
+
+    @torch.inference_mode()
+    def step(self, segments: Sequence[Segment]) -> Tensor:
+        """Hidden states before the final norm, one row per token in segment order, (tokens, H).
+
+        Segments of one variant must be neighbours; each one's cache takes in its keys and values.
+        """
+        token_ids = [token for segment in segments for token in segment.token_ids]
+        positions = [segment.start + i for segment in segments for i in range(len(segment.token_ids))]
+        padding = [0] * (-len(token_ids) % ROW_MULTIPLE[self.dtype])
+        rope = self.rope_at(torch.tensor(positions + padding, device=self.device))
+        hidden = F.embedding(torch.tensor(token_ids + padding, device=self.device), self.embedding)
+        spans, groups = self._plan(segments)
+        for index, layer in enumerate(self.layers):
+            hidden = self.layer(
+                hidden, layer, rope, lambda q, k, v, index=index: attend_cached(q, k, v, index, spans)
+            )
+            for variant, first, end, block_spans in groups:
+                block = variant.blocks.get(index)
+                if block is not None:
+                    rows = hidden[first:end]
+                    rows += block.serve(rows, index, block_spans, variant.usage).to(hidden.dtype)
+        return hidden[: len(token_ids)]
+
+    def layer(self, hidden: Tensor, weights: LayerWeights, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        """One decoder layer over rows (R, H); `attend` maps rotated q, k and v, each (R, heads, D), to (R, H)."""
+        config = self.config
+        normed = self._norm(hidden, weights.input_norm)
+        qkv = F.linear(normed, weights.qkv_proj)
+        sizes = [config.query_size + config.key_value_size, config.key_value_size]
+        qk, v = (part.unflatten(1, (-1, config.head_dim)) for part in qkv.split(sizes, dim=1))
+        q, k = rotate(qk, *rope).split([config.num_attention_heads, config.num_key_value_heads], dim=1)
+        hidden = hidden + F.linear(attend(q, k, v), weights.o_proj)
+        normed = self._norm(hidden, weights.post_attention_norm)
+        gate, up = F.linear(normed, weights.gate_up_proj).chunk(2, dim=1)
+        return hidden + F.linear(F.silu(gate) * up, weights.down_proj)
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Next-token logits of some rows: (n, H) -> (n, V) float32."""
+        count = len(hidden)
+        hidden = F.pad(hidden, (0, 0, 0, -count % ROW_MULTIPLE[self.dtype]))
+        return F.linear(self._norm(hidden, self.final_norm), self.embedding)[:count].float()
+
+    def rope_at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
+
+    def _norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(hidden, weight.shape, weight, self.config.rms_norm_eps)
+
+    def _plan(
+        self, segments: Sequence[Segment]
+    ) -> tuple[
+        list[tuple[int, int, int, SequenceCache, Tensor | None]],
+        list[tuple[Variant, int, int, list[BlockSpan]]],
+    ]:
+        """Where each segment's rows lie, for attention; and each variant's rows, for its blocks."""
+        spans: list[tuple[int, int, int, SequenceCache, Tensor | None]] = []
+        groups: list[tuple[Variant, int, int, list[BlockSpan]]] = []
+        row = 0
+        for segment in segments:
+            length = len(segment.token_ids)
+            mask = causal_mask(segment.start, length, self.dtype, self.device)
+            spans.append((row, length, segment.start, segment.cache, mask))
+            if segment.variant is not None:
+                assert segment.keys is not None, "a variant's segment needs a key view"
+                if not groups or groups[-1][0] is not segment.variant or groups[-1][2] != row:
+                    groups.append((segment.variant, row, row, []))
+                variant, first, _, members = groups.pop()
+                members.append(
+                    BlockSpan(row - first, row - first + length, segment.keys, segment.trace, segment.decode)
+                )
+                groups.append((variant, first, row + length, members))
+            row += length
+        return spans, groups

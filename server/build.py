@@ -1,0 +1,185 @@
+"""From settings to a running server: load weights, open key stores, start the engine; and the way back.
+
+The one place that knows every part.
+"""
+
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from keystore.backends.embedded import EmbeddedBackend
+from keystore.store import KeyStore
+from keystore.worker import ConsolidationWorker
+from model.blocks.base import BlockConfig, ExpertBlock, ExpertUsage
+from model.blocks.some import SomeBlock
+from model.checkpoints.blocks import load_blocks, shipped_folder
+from model.checkpoints.load import find_base_file, load_base
+from model.transformer import Transformer, Variant
+from server.engine.engine import Engine, Observers
+from server.engine.runner import EngineRunner
+from server.engine.scheduler import SchedulerConfig
+from server.plasticity import Teacher
+from server.registry import Endpoint, Plasticity, Registry
+from server.settings import EndpointSettings, Settings
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+CONSOLIDATION_STOP_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Everything that was started, for whoever has to stop it."""
+
+    registry: Registry
+    workers: tuple[ConsolidationWorker, ...]
+    stores: tuple[KeyStore, ...]
+
+    def start(self) -> None:
+        for runner in self.registry.runners:
+            runner.start()
+        for worker in self.workers:
+            worker.start()
+
+    def stop(self, timeout_s: float) -> bool:
+        """Finish running answers, learn what is still queued, close the stores. True if nothing was cut off."""
+        finished = all([runner.stop(timeout_s) for runner in self.registry.runners])
+        for endpoint in self.registry.endpoints.values():
+            if endpoint.plasticity is not None:
+                endpoint.plasticity.teacher.flush()
+        for worker in self.workers:
+            worker.stop(flush=True)
+        for store in self.stores:
+            store.close()
+        return finished
+
+
+def build(
+    settings: Settings, observers: Observers, progress: Callable[[int, int], None] = lambda done, total: None
+) -> Parts:
+    """Load everything that the settings name. Raises ModelError and KeyStoreError with what to do about it."""
+    engine_settings = settings.engine
+    threads = engine_settings.threads or len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads)
+    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    base = load_base(
+        find_base_file(),
+        DTYPES[engine_settings.dtype],
+        settings.data_dir / "cache",
+        engine_settings.device,
+        progress,
+    )
+    model = base.transformer
+    loaded = {
+        name: _load_variant(endpoint, model)
+        for name, endpoint in settings.endpoints.items()
+        if endpoint.variant != "dense"
+    }
+    plastic = {name: _plastic_layers(settings.endpoints[name], config) for name, (config, _) in loaded.items()}
+    variants = {
+        name: Variant(blocks, ExpertUsage(config.layers, config.num_experts))
+        for name, (config, blocks) in loaded.items()
+    }
+    engine = Engine(
+        model,
+        variants,
+        SchedulerConfig(
+            engine_settings.max_running,
+            engine_settings.max_waiting,
+            engine_settings.prefill_chunk,
+            engine_settings.step_tokens,
+        ),
+        engine_settings.kv_cache_tokens,
+        plastic,
+        time.monotonic,
+        observers,
+    )
+    runner = EngineRunner(engine, threads)
+    plasticity = {
+        name: _open_plasticity(name, settings, model, config, blocks, plastic[name])
+        for name, (config, blocks) in loaded.items()
+    }
+    created = int(time.time())
+    endpoints = {
+        name: Endpoint(
+            name=name,
+            variant=endpoint.variant,
+            created=created,
+            tokenizer=base.tokenizer,
+            runner=runner,
+            max_model_len=min(model.config.max_position_embeddings, engine_settings.kv_cache_tokens),
+            eos_token_id=model.config.eos_token_id,
+            usage=variants[name].usage if name in variants else None,
+            plasticity=plasticity.get(name),
+        )
+        for name, endpoint in settings.endpoints.items()
+    }
+    stores = tuple(p.store for p in plasticity.values())
+    return Parts(Registry(endpoints, (runner,)), tuple(ConsolidationWorker(s) for s in stores), stores)
+
+
+def _load_variant(
+    endpoint: EndpointSettings, model: Transformer
+) -> tuple[BlockConfig, dict[int, ExpertBlock]]:
+    folder = endpoint.weights or shipped_folder(endpoint.variant)
+    config, blocks = load_blocks(folder, model.config.hidden_size)
+    return config, {layer: block.to(model.device) for layer, block in blocks.items()}
+
+
+def _plastic_layers(endpoint: EndpointSettings, config: BlockConfig) -> frozenset[int]:
+    """The layers whose keys may move: direct credit is exact at the top and poor far below it."""
+    if endpoint.plastic_layers is None:
+        return frozenset(config.layers[len(config.layers) // 2 :])
+    unknown = sorted(set(endpoint.plastic_layers) - set(config.layers))
+    if unknown:
+        raise ValueError(f"plastic_layers {unknown} have no blocks; allowed: {list(config.layers)}")
+    return frozenset(endpoint.plastic_layers)
+
+
+def _open_plasticity(
+    name: str,
+    settings: Settings,
+    model: Transformer,
+    config: BlockConfig,
+    blocks: dict[int, ExpertBlock],
+    plastic: frozenset[int],
+) -> Plasticity:
+    anchors = {
+        layer: block.anchors.detach().float().cpu().numpy()
+        for layer, block in blocks.items()
+        if isinstance(block, SomeBlock)
+    }
+    endpoint, limits = settings.endpoints[name], settings.key_store
+    model_id = _model_id(blocks)
+    store = KeyStore(
+        model_id,
+        anchors,
+        endpoint.gravity.config(),
+        EmbeddedBackend(settings.data_dir / "keys" / f"keys-{name}.sqlite3", model_id),
+        num_experts_per_tok=config.num_experts_per_tok,
+        plastic_layers=plastic,
+        queue_size=limits.queue_windows,
+        versions_in_memory=limits.versions_in_memory,
+        versions_on_disk=limits.versions_on_disk,
+        max_sessions=limits.max_sessions,
+        session_ttl_s=limits.session_ttl_s,
+    )
+    teacher = Teacher(model, store, endpoint.gravity.config(), config.num_experts)
+    return Plasticity(store, teacher, endpoint.plasticity)
+
+
+def _model_id(blocks: dict[int, ExpertBlock]) -> str:
+    """A fingerprint of the frozen blocks: keys learned for other experts must never be adopted."""
+    digest = hashlib.sha256()
+    for layer in sorted(blocks):
+        for name, parameter in blocks[layer].named_parameters():
+            digest.update(f"{layer}.{name}".encode())
+            digest.update(parameter.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,192 @@
+"""One step of continuous batching: schedule, forward, sample, deliver, teach. Knows no threads and no HTTP."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from model.blocks.base import RoutingTrace
+from model.kv_cache import CacheBudget
+from model.sampling import sample
+from model.transformer import Segment, Transformer, Variant
+from server.engine.scheduler import Scheduler, SchedulerConfig
+from server.engine.sequence import FinishReason, Lesson, Sequence, TokenEvent
+
+
+@dataclass(slots=True)
+class EngineCounters:
+    """What the engine has done since its start; the metrics page reads it."""
+
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    steps: int = 0
+    failed_steps: int = 0
+    lessons_failed: int = 0
+    finished: dict[tuple[str, str], int] = field(default_factory=dict[tuple[str, str], int])
+
+
+@dataclass(frozen=True, slots=True)
+class Observers:
+    """Who is told about latencies, in seconds: endpoint and value."""
+
+    queued: Callable[[str, float], None]
+    first_token: Callable[[str, float], None]
+    inter_token: Callable[[str, float], None]
+    finished: Callable[[str, float], None]
+
+
+class Engine:
+    """The model, the memory of the running sequences, and the step."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        variants: Mapping[str, Variant],
+        config: SchedulerConfig,
+        kv_cache_tokens: int,
+        plastic_layers: Mapping[str, frozenset[int]],
+        clock: Callable[[], float],
+        observers: Observers,
+    ):
+        self.model = model
+        self.variants = dict(variants)
+        self.cache = CacheBudget(model.config, kv_cache_tokens, model.dtype, model.device)
+        self.scheduler = Scheduler(config, self.cache.fits)
+        self.counters = EngineCounters()
+        self._plastic_layers = dict(plastic_layers)  # endpoint -> layers whose routing may teach
+        self._clock = clock
+        self._observe = observers
+        self._lessons: list[Lesson] = []
+
+    @property
+    def idle(self) -> bool:
+        return not self.scheduler.running and not self.scheduler.waiting
+
+    def step(self) -> None:
+        """Compute one batch and hand every new token to its sequence's mailbox."""
+        self._drop_cancelled()
+        while (admitted := self.scheduler.admit()) is not None:
+            self._prepare(admitted)
+        plan = self.scheduler.plan()
+        if not plan:
+            return
+        segments = [self._segment(sequence, count) for sequence, count in plan]
+        hidden = self.model.step(segments)
+        self.counters.steps += 1
+        self._advance(plan, segments, hidden)
+        writing = [(s, row) for s, row in self._last_rows(plan) if s.decoding]
+        if writing:
+            self._sample_and_deliver([s for s, _ in writing], hidden[[row for _, row in writing]])
+
+    def teach(self) -> None:
+        """Hand the finished chunks of teaching prompts on.
+
+        Called after a step's tokens have been delivered, so the chunk's own reader does not wait for it.
+        """
+        lessons, self._lessons = self._lessons, []
+        for lesson in lessons:
+            assert lesson.sequence.teach is not None, lesson.sequence.sequence_id
+            lesson.sequence.teach(lesson)
+
+    def finish(self, sequence: Sequence, reason: FinishReason, token_ids: tuple[int, ...] = ()) -> None:
+        """End a sequence, give its memory back and tell its reader."""
+        self.scheduler.remove(sequence)
+        if sequence.cache is not None:
+            self.cache.release(sequence.cache)
+            sequence.cache = None
+        key = (sequence.endpoint, reason)
+        self.counters.finished[key] = self.counters.finished.get(key, 0) + 1
+        self._observe.finished(sequence.endpoint, self._clock() - sequence.arrived_at)
+        sequence.deliver(TokenEvent(token_ids, reason))
+
+    def fail_running(self) -> list[Sequence]:
+        """End every running sequence with an error, after a step that raised; returns them."""
+        failed = list(self.scheduler.running)
+        self._lessons.clear()
+        for sequence in failed:
+            self.finish(sequence, "error")
+        return failed
+
+    def _prepare(self, sequence: Sequence) -> None:
+        sequence.admitted_at = self._clock()
+        sequence.cache = self.cache.reserve(sequence.reservation)
+        if not sequence.params.greedy:
+            sequence.generator = torch.Generator()
+            if sequence.params.seed is None:
+                sequence.generator.seed()
+            else:
+                sequence.generator.manual_seed(sequence.params.seed)
+        self._observe.queued(sequence.endpoint, sequence.admitted_at - sequence.arrived_at)
+
+    def _drop_cancelled(self) -> None:
+        for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
+            if sequence.cancelled:
+                self.finish(sequence, "cancelled")
+
+    def _segment(self, sequence: Sequence, count: int) -> Segment:
+        assert sequence.cache is not None, sequence.sequence_id
+        variant = self.variants[sequence.variant] if sequence.variant else None
+        if sequence.decoding:
+            position = len(sequence.prompt_token_ids) + len(sequence.generated) - 1
+            return Segment(
+                sequence.generated[-1:], position, sequence.cache, variant, sequence.keys, decode=True
+            )
+        start = sequence.prefilled
+        teaching = sequence.teach is not None and start + 1 < len(sequence.prompt_token_ids)
+        trace = RoutingTrace(self._plastic_layers[sequence.endpoint]) if teaching else None
+        tokens = sequence.prompt_token_ids[start : start + count]
+        return Segment(tokens, start, sequence.cache, variant, sequence.keys, trace)
+
+    def _advance(
+        self, plan: list[tuple[Sequence, int]], segments: list[Segment], hidden: torch.Tensor
+    ) -> None:
+        row = 0
+        for (sequence, count), segment in zip(plan, segments, strict=True):
+            if not sequence.decoding:
+                sequence.prefilled += count
+                self.counters.prompt_tokens += count
+                if segment.trace is not None:
+                    following = sequence.prompt_token_ids[segment.start + 1 : segment.start + 1 + count]
+                    targets = torch.tensor(following)
+                    self._lessons.append(Lesson(sequence, segment.trace, hidden[row : row + len(following)], targets))
+            row += count
+
+    @staticmethod
+    def _last_rows(plan: list[tuple[Sequence, int]]) -> list[tuple[Sequence, int]]:
+        rows: list[tuple[Sequence, int]] = []
+        row = 0
+        for sequence, count in plan:
+            row += count
+            rows.append((sequence, row - 1))
+        return rows
+
+    def _sample_and_deliver(self, sequences: list[Sequence], hidden: torch.Tensor) -> None:
+        logits = self.model.logits(hidden)
+        sane = torch.isfinite(logits).all(dim=1).tolist()
+        greedy = logits.argmax(dim=1).tolist()
+        now = self._clock()
+        for i, sequence in enumerate(sequences):
+            if not sane[i]:
+                self.finish(sequence, "error")
+                continue
+            token = (
+                greedy[i]
+                if sequence.generator is None
+                else sample(logits[i], sequence.params, sequence.generator)
+            )
+            self._deliver(sequence, token, now)
+
+    def _deliver(self, sequence: Sequence, token: int, now: float) -> None:
+        sequence.generated.append(token)
+        self.counters.generated_tokens += 1
+        if sequence.last_token_at is None:
+            sequence.first_token_at = now
+            self._observe.first_token(sequence.endpoint, now - sequence.arrived_at)
+        else:
+            self._observe.inter_token(sequence.endpoint, now - sequence.last_token_at)
+        sequence.last_token_at = now
+        reason = sequence.finish_reason()
+        if reason is None:
+            sequence.deliver(TokenEvent((token,)))
+        else:
+            self.finish(sequence, reason, (token,))

@@ -1,0 +1,76 @@
+"""One sequence from admission to its last token. Plain data; the engine thread alone changes it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from model.blocks.base import RoutingTrace
+from model.keys import KeyView
+from model.kv_cache import SequenceCache
+from model.sampling import SamplingParams
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """What one step hands to one sequence's reader."""
+
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A prompt being read, then a text being written."""
+
+    sequence_id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    endpoint: str
+    variant: str | None  # None: the untouched base
+    keys: KeyView | None  # the version pinned for the whole request
+    teach: Callable[["Lesson"], None] | None  # takes the routing of the prompt's chunks in
+    deliver: Callable[[TokenEvent], None]
+    eos_token_id: int
+    arrived_at: float
+    admitted_at: float | None = None
+    first_token_at: float | None = None
+    last_token_at: float | None = None
+    prefilled: int = 0  # prompt tokens already in the cache
+    generated: list[int] = field(default_factory=list[int])
+    cache: SequenceCache | None = None
+    generator: torch.Generator | None = None
+    cancelled: bool = False
+
+    @property
+    def reservation(self) -> int:
+        """Cache positions that the sequence may ever need. The last token is never fed back."""
+        return len(self.prompt_token_ids) + self.params.max_tokens - 1
+
+    @property
+    def decoding(self) -> bool:
+        return self.prefilled == len(self.prompt_token_ids)
+
+    def finish_reason(self) -> FinishReason | None:
+        """Why the sequence ends after its newest token, or None."""
+        newest = self.generated[-1]
+        if newest in self.params.stop_token_ids or (newest == self.eos_token_id and not self.params.ignore_eos):
+            return "stop"
+        return "length" if len(self.generated) == self.params.max_tokens else None
+
+
+@dataclass(slots=True)
+class Lesson:
+    """A prefill chunk of a teaching sequence: how it was routed, and what the tokens after it were.
+
+    hidden (T, H) before the final norm; targets (T): the next prompt token of each row.
+    """
+
+    sequence: Sequence
+    trace: RoutingTrace
+    hidden: torch.Tensor
+    targets: torch.Tensor
+

@@ -1,0 +1,76 @@
+"""What `libration train` and `libration evaluate` do: data, model and blocks brought together without a server."""
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+import torch
+
+from model.blocks.base import BlockConfig
+from model.checkpoints.blocks import load_blocks, shipped_folder
+from model.checkpoints.load import BaseModel, find_base_file, load_base
+from model.training.data import build, load
+from model.training.evaluate import evaluate
+from model.training.loop import TrainingConfig, train
+
+MEASURING_TOKENS = {"validation": 8_192, "heldout": 24_576}
+SOME_BLOCKS = BlockConfig(
+    kind="some",
+    layers=(17, 21, 25, 29),
+    hidden_size=576,
+    num_experts=64,
+    num_experts_per_tok=4,
+    expert_size=24,
+    key_size=128,
+    rms_norm_eps=1e-5,
+)
+
+
+def train_variant(
+    variant: str,
+    run: Path,
+    data: Path,
+    data_dir: Path,
+    *,
+    tokens_per_domain: int,
+    epochs: int,
+    learning_rate: float,
+    threads: int,
+) -> None:
+    """Train fresh blocks, or resume `run`; the result is `run/blocks`."""
+    assert variant == SOME_BLOCKS.kind, variant
+    base = _open_base(data_dir, threads)
+    model = base.transformer
+    build(data, base.tokenizer, {**MEASURING_TOKENS, "train": tokens_per_domain})
+    config = TrainingConfig(epochs=epochs, learning_rate=learning_rate)
+    train(model, SOME_BLOCKS, config, load(data, "train"), run, data / f"layer-{SOME_BLOCKS.layers[0]}.u16")
+    click.echo(f"trained blocks are in {run / 'blocks'}")
+
+
+def evaluate_some(
+    data: Path, blocks: Path | None, data_dir: Path, *, split: str, threads: int, as_json: bool
+) -> None:
+    """Print the loss of every domain with and without the blocks."""
+    base = _open_base(data_dir, threads)
+    model = base.transformer
+    build(data, base.tokenizer, {split: MEASURING_TOKENS[split]})
+    _, loaded = load_blocks(blocks or shipped_folder("some"), model.config.hidden_size)
+    results = evaluate(model, {"dense": {}, "some": loaded}, load(data, split))
+    if as_json:
+        click.echo(json.dumps({name: [asdict(d) for d in losses.values()] for name, losses in results.items()}))
+        return
+    click.echo(f"{'domain':12} {'dense':>7} {'some':>7}   95 % interval    change  tokens  files")
+    for domain, base in results["dense"].items():
+        mine = results["some"][domain]
+        change = 100 * (mine.mean / base.mean - 1)
+        click.echo(
+            f"{domain:12} {base.mean:7.3f} {mine.mean:7.3f}   {mine.low:.3f} to {mine.high:.3f}  {change:+6.1f} %"
+            f"  {mine.tokens:6}  {mine.files:5}"
+        )
+
+
+def _open_base(data_dir: Path, threads: int) -> BaseModel:
+    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+    return load_base(find_base_file(), torch.bfloat16, data_dir / "cache")

@@ -1,0 +1,124 @@
+"""Endpoints by name: what a model id in a request stands for. Assembled once at start by `server.build`."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from keystore.records import ScopeId
+from keystore.store import KeyStore
+from model.blocks.base import ExpertUsage
+from model.keys import KeyView
+from model.tokenizer import TextTokenizer
+from server.engine.errors import ContextLengthExceeded
+from server.engine.runner import EngineRunner
+from server.engine.sequence import Lesson, Sequence
+from server.generation import Generation, GenerationRequest, KeyUse, PlasticityMode, open_mailbox
+from server.plasticity import Teacher
+
+
+class UnknownEndpoint(LookupError):
+    """No endpoint of that name is served."""
+
+
+class PlasticityUnavailable(ValueError):
+    """The request asks for keys of an endpoint that has none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plasticity:
+    """The moving part of an endpoint: its key store, who turns prompts into statistics, what is the default."""
+
+    store: KeyStore
+    teacher: Teacher
+    default: PlasticityMode
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One served model: a variant of the base under a name of its own."""
+
+    name: str
+    variant: str  # "dense" is the untouched base
+    created: int  # unix seconds
+    tokenizer: TextTokenizer
+    runner: EngineRunner
+    max_model_len: int
+    eos_token_id: int
+    usage: ExpertUsage | None
+    plasticity: Plasticity | None
+
+    def start(self, request: GenerationRequest) -> Generation:
+        """Queue a request. Needs a running event loop.
+
+        Raises ContextLengthExceeded, EngineOverloaded, EngineDraining, PlasticityUnavailable and the key
+        store's KeyVersionUnavailable.
+        """
+        return self.start_all([request])[0]
+
+    def start_all(self, requests: list[GenerationRequest]) -> list[Generation]:
+        """Queue several requests, all or none; raises as `start`."""
+        made = [self._prepare(request) for request in requests]
+        self.runner.submit(*(sequence for sequence, _ in made))
+        return [generation for _, generation in made]
+
+    def _prepare(self, request: GenerationRequest) -> tuple[Sequence, Generation]:
+        prompt, wanted = len(request.prompt_token_ids), request.params.max_tokens
+        if prompt + wanted > self.max_model_len:
+            raise ContextLengthExceeded(prompt, wanted, self.max_model_len)
+        use, keys, teach = self._keys_for(request)
+        mailbox = open_mailbox()
+        sequence = Sequence(
+            sequence_id=request.request_id,
+            prompt_token_ids=request.prompt_token_ids,
+            params=request.params,
+            endpoint=self.name,
+            variant=None if self.variant == "dense" else self.variant,
+            keys=keys,
+            teach=teach,
+            deliver=mailbox.put,
+            eos_token_id=self.eos_token_id,
+            arrived_at=time.monotonic(),
+        )
+        return sequence, Generation(self.runner, sequence, mailbox, self.tokenizer, request.stop, use)
+
+    def _keys_for(
+        self, request: GenerationRequest
+    ) -> tuple[KeyUse, KeyView | None, Callable[[Lesson], None] | None]:
+        """What the request reads, pinned now for its whole life, and whom it teaches."""
+        if self.plasticity is None:
+            if request.key_version is not None or request.plasticity not in (None, "off"):
+                raise PlasticityUnavailable(
+                    f"endpoint {self.name!r} has no routing keys: 'plasticity' and 'key_version' do not apply"
+                )
+            return KeyUse(None, None, "off", 0), None, None
+        mode = request.plasticity or self.plasticity.default
+        if request.key_version is not None and mode == "learn":
+            if request.plasticity == "learn":
+                raise PlasticityUnavailable("a request pinned by 'key_version' can read but not learn")
+            mode = "read"
+        store = self.plasticity.store
+        scope = (
+            ScopeId("session", request.tenant, request.session_id)
+            if request.session_id is not None
+            else ScopeId("tenant", request.tenant)
+        )
+        view = store.view(scope, 0 if mode == "off" and request.key_version is None else request.key_version)
+        learns = mode == "learn" and not store.is_frozen(scope)
+        offered = len(request.prompt_token_ids) - 1 if learns else 0
+        teach = self.plasticity.teacher.lesson_taker(scope) if learns else None
+        return KeyUse(view.version, str(scope), mode, offered), view, teach
+
+
+class Registry:
+    """Every endpoint of the process, and what they share."""
+
+    def __init__(self, endpoints: Mapping[str, Endpoint], runners: tuple[EngineRunner, ...]):
+        self.endpoints = dict(endpoints)
+        self.runners = runners
+
+    def get(self, name: str) -> Endpoint:
+        """Raises UnknownEndpoint, naming what there is."""
+        endpoint = self.endpoints.get(name)
+        if endpoint is None:
+            raise UnknownEndpoint(f"the model {name!r} does not exist; available: {', '.join(self.endpoints)}")
+        return endpoint

@@ -1,0 +1,126 @@
+"""A tiny random base model, and the real one for the few tests that are about it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.blocks import build_block
+from model.blocks.base import BlockConfig, ExpertBlock, ExpertUsage
+from model.checkpoints.load import BaseModel, assemble, find_base_file, load_base
+from model.config import ModelConfig
+from model.keys import AnchorKeys
+from model.kv_cache import CacheBudget, SequenceCache
+from model.transformer import Segment, Transformer, Variant
+
+TINY = ModelConfig(
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    rms_norm_eps=1e-5,
+    rope_theta=1e4,
+    max_position_embeddings=256,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+TINY_BLOCKS = BlockConfig(
+    kind="some",
+    layers=(1, 2),
+    hidden_size=32,
+    num_experts=8,
+    num_experts_per_tok=2,
+    expert_size=8,
+    key_size=16,
+    rms_norm_eps=1e-5,
+)
+
+
+def random_weights(config: ModelConfig, dtype: torch.dtype) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return (torch.randn(shape, generator=generator) * shape[-1] ** -0.5).to(dtype)
+
+    hidden, inner = config.hidden_size, config.intermediate_size
+    weights = {"embedding": normal(config.vocab_size, hidden) * 3, "final_norm": torch.ones(hidden, dtype=dtype)}
+    for layer in range(config.num_hidden_layers):
+        weights |= {
+            f"layers.{layer}.input_norm": torch.ones(hidden, dtype=dtype),
+            f"layers.{layer}.qkv_proj": normal(config.query_size + 2 * config.key_value_size, hidden),
+            f"layers.{layer}.o_proj": normal(hidden, config.query_size),
+            f"layers.{layer}.post_attention_norm": torch.ones(hidden, dtype=dtype),
+            f"layers.{layer}.gate_up_proj": normal(2 * inner, hidden),
+            f"layers.{layer}.down_proj": normal(hidden, inner),
+        }
+    return weights
+
+
+def trained_blocks(config: BlockConfig = TINY_BLOCKS) -> dict[int, ExpertBlock]:
+    """Blocks that contribute something, as if they had been trained."""
+    torch.manual_seed(1)
+    blocks = {layer: build_block(config).requires_grad_(requires_grad=False) for layer in config.layers}
+    for block in blocks.values():
+        torch.nn.init.normal_(block.get_parameter("up_proj"), std=0.3)
+    return blocks
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A tiny model with one variant, and short ways to run text through it."""
+
+    model: Transformer
+    blocks: dict[int, ExpertBlock]
+    variant: Variant
+    keys: AnchorKeys
+
+    def cache(self, capacity: int = 128) -> SequenceCache:
+        return CacheBudget(self.model.config, capacity, self.model.dtype, self.model.device).reserve(capacity)
+
+    def segment(self, tokens: list[int], start: int = 0, *, plain: bool = False) -> Segment:
+        blocks = (None, None) if plain else (self.variant, self.keys)
+        return Segment(tokens, start, self.cache(), *blocks)
+
+    def logits(self, tokens: list[int], chunk: int | None = None, *, plain: bool = False) -> Tensor:
+        """Logits of every position, the prompt read in chunks."""
+        first = self.segment(tokens, plain=plain)
+        size = chunk or len(tokens)
+        rows = [
+            self.model.step([replace(first, token_ids=tokens[at : at + size], start=at)])
+            for at in range(0, len(tokens), size)
+        ]
+        return self.model.logits(torch.cat(rows))
+
+
+def make_tiny(dtype: torch.dtype) -> Tiny:
+    model = assemble(TINY, random_weights(TINY, dtype))
+    blocks = trained_blocks()
+    usage = ExpertUsage(TINY_BLOCKS.layers, TINY_BLOCKS.num_experts)
+    anchors = {layer: block.get_parameter("anchors").numpy() for layer, block in blocks.items()}
+    return Tiny(model, blocks, Variant(blocks, usage), AnchorKeys(anchors))
+
+
+@pytest.fixture(name="make_tiny")
+def make_tiny_fixture() -> Callable[[torch.dtype], Tiny]:
+    return make_tiny
+
+
+@pytest.fixture
+def tiny() -> Tiny:
+    return make_tiny(torch.float32)
+
+
+@pytest.fixture(scope="session")
+def base_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("base")
+
+
+@pytest.fixture(scope="session")
+def load_real(base_cache: Path) -> Callable[[torch.dtype], BaseModel]:
+    return lambda dtype: load_base(find_base_file(), dtype, base_cache)

@@ -1,0 +1,94 @@
+"""A small store on disk, and windows that move its keys."""
+
+# M = 16 experts, D = 8, two layers of which layer 3 and 5 are plastic and layer 1 is not
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from keystore.backends.embedded import EmbeddedBackend
+from keystore.records import GravityConfig, RoutingStats, ScopeId, TokenTrace
+from keystore.store import KeyStore
+
+NUM_EXPERTS, DIM, NUM_EXPERTS_PER_TOK = 16, 8, 4
+PLASTIC_LAYERS = (3, 5)
+TENANT = ScopeId("tenant", "default")
+
+
+class Clock:
+    """A clock that only moves when told to."""
+
+    def __init__(self) -> None:
+        self.now_s = 1_000_000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def make_anchors(seed: int = 0) -> dict[int, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {layer: rng.standard_normal((NUM_EXPERTS, DIM), dtype=np.float32) for layer in (1, 3, 5)}
+
+
+def make_window(scope: ScopeId = TENANT, seed: int = 0, tokens: int = 32) -> RoutingStats:
+    rng = np.random.default_rng(seed)
+    traces = {
+        layer: TokenTrace(
+            expert_ids=rng.random((tokens, NUM_EXPERTS)).argsort(axis=1)[:, :NUM_EXPERTS_PER_TOK],
+            queries=rng.standard_normal((tokens, DIM), dtype=np.float32),
+            weights=rng.standard_normal((tokens, NUM_EXPERTS_PER_TOK), dtype=np.float32),
+            num_experts=NUM_EXPERTS,
+        )
+        for layer in PLASTIC_LAYERS
+    }
+    return RoutingStats.from_tokens(scope, traces)
+
+
+def open_store(path: Path, gravity: GravityConfig | None = None, **options: object) -> KeyStore:
+    settings: dict[str, object] = {
+        "model_id": "tiny",
+        "anchors": make_anchors(),
+        "gravity": gravity or GravityConfig(),
+        "num_experts_per_tok": NUM_EXPERTS_PER_TOK,
+        "plastic_layers": PLASTIC_LAYERS,
+    }
+    return KeyStore(backend=EmbeddedBackend(path), **(settings | options))
+
+
+def learn(store: KeyStore, seed: int = 0, scope: ScopeId = TENANT) -> None:
+    """One window that moves keys, consolidated."""
+    assert store.submit(make_window(scope, seed))
+    assert len(store.consolidate_once()) == 1
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "keys-tiny.sqlite3"
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def open_here(path: Path) -> Iterator[Callable[..., KeyStore]]:
+    """Opens stores on the test's own file and closes whatever is still open."""
+    opened: list[KeyStore] = []
+
+    def reopen(gravity: GravityConfig | None = None, **options: object) -> KeyStore:
+        if opened:
+            opened.pop().close()
+        opened.append(open_store(path, gravity, **options))
+        return opened[-1]
+
+    yield reopen
+    for store in opened:
+        store.close()
+
+
+@pytest.fixture
+def store(open_here: Callable[..., KeyStore], clock: Clock) -> KeyStore:
+    return open_here(clock=clock)
