@@ -1,1 +1,1 @@
-"""Routing keys that learn: versions, scopes, the consolidation law, durability. Knows no torch, no HTTP, no settings."""
+"""Routing keys that learn: versions, scopes, the consolidation law, durability. No torch, no HTTP."""

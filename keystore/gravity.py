@@ -1,7 +1,8 @@
-"""The consolidation law: how one window of statistics moves one layer's keys. Pure functions, no clock, no storage.
+"""The consolidation law: how one window of statistics moves one layer's keys. Pure functions, no clock, no
+storage.
 
-Symbols and sources: docs/gravity. Arithmetic is float64 from float32 masters and rounds once at the end, so a row that
-nothing pushes comes back bit-identical.
+Symbols and sources: docs/gravity. Arithmetic is float64 from float32 masters and rounds once at the end, so a
+row that nothing pushes comes back bit-identical.
 """
 
 # M experts, D dimensions, T tokens, K experts per token; a displacement is always (M, D) float64
@@ -39,7 +40,8 @@ def consolidate_layer(
 ) -> LayerUpdate:
     """Pull and peers from one snapshot, then repulsion or decay, then bounds, then usage.
 
-    `window_tokens` is the number of tokens in `stats`, `learned_tokens` what the scope had learned before them.
+    `window_tokens` is the number of tokens in `stats`, `learned_tokens` what the scope had learned before
+    them.
     """
     start = keys.astype(np.float64)
     pulled = pull(start, usage, stats, config, num_experts_per_tok)
@@ -68,8 +70,8 @@ def pull(
 ) -> Float64Array:
     """Displacement by queries and peers, both from the window's start keys.
 
-    With bonding on, A + B is held at STEP_BOUND by shrinking both; without it the literal closed form stays exact.
-    A credit-weighted step has no share of the key to give up, so there only B is bounded.
+    With bonding on, A + B is held at STEP_BOUND by shrinking both; without it the literal closed form stays
+    exact. A credit-weighted step has no share of the key to give up, so there only B is bounded.
     """
     query_share = np.zeros(len(start))
     if config.rule == "literal":
@@ -94,7 +96,8 @@ def inertial_rate(usage: Float32Array, rate: float, config: GravityConfig) -> Fl
 def retention(events: Int64Array, usage: Float32Array, rate: float, config: GravityConfig) -> Float64Array:
     """1 - A: what is left of a key after `events` sequential pulls, (1-a)^n.
 
-    With count inertia usage grows inside the window and the power law ((1+u)/(1+u+n))^rate telescopes over windows.
+    With count inertia usage grows inside the window and the power law ((1+u)/(1+u+n))^rate telescopes over
+    windows.
     """
     if config.inertia == "count":
         mass = 1.0 + usage.astype(np.float64)
@@ -116,7 +119,7 @@ def credit_pull(stats: LayerStats, rates: Float64Array) -> Float64Array:
 def bonding_share(
     stats: LayerStats, usage: Float32Array, config: GravityConfig, num_experts_per_tok: int
 ) -> Float64Array:
-    """B (M,): the share that m_i peer events at beta/(K-1) each give away; zero when bonding is off or K = 1."""
+    """B (M,): the share that m_i peer events at beta/(K-1) each give away; zero without bonding or peers."""
     if stats.coactivation is None or not config.bonding_rate or num_experts_per_tok < 2:
         return np.zeros(len(stats.events))
     meetings = stats.coactivation.sum(axis=1)  # m_i
@@ -152,7 +155,9 @@ def dark_energy(
 
 
 def repulsion(anchors: Float32Array, keys: Float64Array, push: float) -> Float64Array:
-    """A push of constant length `push` |k0| away from the centroid of the other keys; none from the centroid itself."""
+    """A push of constant length `push` |k0| away from the centroid of the other keys; none from the centroid
+    itself.
+    """
     others = max(len(keys) - 1, 1)
     away = keys - (keys.sum(axis=0) - keys) / others
     distance = np.linalg.norm(away, axis=1, keepdims=True)
@@ -170,7 +175,8 @@ def restore_norms(keys: Float64Array, anchors: Float32Array, rows: Int64Array) -
 def bound_rows(
     anchors: Float32Array, start: Float32Array, displaced: Float64Array, trust_radius: float
 ) -> Float32Array:
-    """`displaced` rounded to float32 inside |k - k0| <= trust_radius |k0|; a row that overflows stays at `start`.
+    """`displaced` rounded to float32 inside |k - k0| <= trust_radius |k0|; a row that overflows stays at
+    `start`.
 
     The ball is shrunk by float32's rounding of the row first, so that the rounded key is inside too.
     """
@@ -193,19 +199,25 @@ def bound_rows(
 
 
 def check_bounds(anchors: Float32Array, keys: Float32Array, trust_radius: float) -> None:
-    """Every adopter of a version calls this. Raises OutOfBounds on a non-finite key or one past the trust radius."""
+    """Every adopter of a version calls this.
+
+    Raises OutOfBounds on a non-finite key or one past the trust radius.
+    """
     if not np.isfinite(keys).all():
         raise OutOfBounds("keys hold NaN or infinity; allowed: finite float32 values")
     limits = trust_radius * _norms(anchors)
     outside = np.flatnonzero(_norms(keys.astype(np.float64) - anchors) > limits)
     if len(outside):
         raise OutOfBounds(
-            f"{len(outside)} keys, expert {outside[0]} first, lie further than {trust_radius} |k0| from their anchors"
+            f"{len(outside)} keys, expert {outside[0]} first, lie further than {trust_radius} |k0| from home"
         )
 
 
 def fair_share(usage: Float32Array, config: GravityConfig) -> Float64Array:
-    """Usage with 1 = the load of a uniform router. Count inertia keeps counts, all others keep it this way."""
+    """Usage with 1 = the load of a uniform router.
+
+    Count inertia keeps counts, all others keep it this way.
+    """
     share = usage.astype(np.float64)
     if config.inertia != "count":
         return share
@@ -232,7 +244,9 @@ def advance_usage(
 
 
 def credit_weights(raw_credit: Float32Array, clamp: float) -> Float32Array:
-    """Raw credit of one layer and window (T, K) over its mean |c|, clamped to +-`clamp`; all-zero credit stays zero."""
+    """Raw credit of one layer and window (T, K) over its mean |c|, clamped to +-`clamp`; all-zero credit
+    stays zero.
+    """
     credit = raw_credit.astype(np.float64)
     mean = np.abs(credit).mean() if credit.size else 0.0
     if mean == 0.0:
@@ -241,7 +255,7 @@ def credit_weights(raw_credit: Float32Array, clamp: float) -> Float32Array:
 
 
 def scale_queries(queries: Float32Array, target_norm: float) -> Float32Array:
-    """Each query (T, D) at length `target_norm`, the mean anchor norm of the layer; a zero query stays zero."""
+    """Each query (T, D) at length `target_norm`, the layer's mean anchor norm; a zero query stays zero."""
     wide = queries.astype(np.float64)
     norms = _norms(wide)[:, None]
     return np.divide(wide * target_norm, norms, out=np.zeros_like(wide), where=norms > 0).astype(np.float32)

@@ -1,9 +1,10 @@
 """Exact inner-product search over one immutable block of keys; the only file that imports faiss.
 
-Results do not depend on what else is in the batch, bit for bit. FAISS computes a small batch row by row and a large
-one through BLAS, whose rounding follows the batch shape, so FAISS only proposes candidates here: their scores are
-recomputed by FAISS's own single-pair kernel, ties go to the lower id, and a query whose cut-off is closer than the
-rounding of the proposal is ranked over all keys. The process-wide BLAS threshold is therefore a hint for speed.
+Results do not depend on what else is in the batch, bit for bit. FAISS computes a small batch row by row and a
+large one through BLAS, whose rounding follows the batch shape, so FAISS only proposes candidates here: their
+scores are recomputed by FAISS's own single-pair kernel, ties go to the lower id, and a query whose cut-off is
+closer than the rounding of the proposal is ranked over all keys. The process-wide BLAS threshold is therefore
+a hint for speed.
 """
 
 # T queries, M keys, D dimensions, k results, c candidates
@@ -26,10 +27,9 @@ class KeyIndex:
     __slots__ = ("_longest_key", "keys")
 
     def __init__(self, keys: Float32Array) -> None:
-        assert keys.dtype == np.float32 and keys.ndim == 2 and keys.flags.c_contiguous, (
-            keys.dtype,
-            keys.shape,
-        )
+        assert keys.dtype == np.float32, keys.dtype
+        assert keys.ndim == 2, keys.shape
+        assert keys.flags.c_contiguous, keys.strides
         self.keys = keys
         self._longest_key = float(_norms(keys).max())
         faiss.cvar.distance_compute_blas_threshold = BLAS_QUERIES * keys.shape[1]
@@ -37,10 +37,11 @@ class KeyIndex:
     def search(self, queries: Float32Array, k: int) -> tuple[Float32Array, Int64Array]:
         """The k best keys of each query: scores (T, k) falling, expert ids (T, k); equal scores by rising id.
 
-        Raises NonFiniteQueries when an inner product is NaN or infinite (also for a finite query that overflows).
+        Raises NonFiniteQueries when an inner product is NaN or infinite (also for a finite query that
+        overflows).
         """
         num_keys, dim = self.keys.shape
-        assert queries.ndim == 2 and queries.shape[1] == dim, (queries.shape, dim)
+        assert queries.shape == (len(queries), dim), (queries.shape, dim)
         assert 0 < k <= num_keys, (k, num_keys)
         queries = np.ascontiguousarray(queries, dtype=np.float32)
         proposed, ids = self._propose(queries, min(k + SPARE_CANDIDATES, num_keys))
@@ -80,7 +81,7 @@ class KeyIndex:
         self, queries: Float32Array, cut_off: Float32Array, scores: Float32Array, ids: Int64Array
     ) -> None:
         # |fl(q.k) - q.k| <= D u |q| |k| for any order of summation (Higham, Accuracy and Stability, 3.5); the
-        # proposal and the recomputed score may each be off by that much, and the norms themselves by a little.
+        # proposal and the recomputed score may each be off by that much, and the norms by a little.
         rounding = 2.2 * queries.shape[1] * FLOAT32_ROUNDING * self._longest_key
         certain = scores[:, -1] > cut_off + rounding * _norms(queries)
         for row in np.flatnonzero(~certain):

@@ -43,7 +43,10 @@ class LoadBalance:
 
 
 def layer_drift(anchors: Float32Array, keys: Float32Array, trust_radius: float) -> LayerDrift:
-    """Drift of every key of a layer. A zero anchor, and radius 0, count as 0 at home and infinity elsewhere."""
+    """Drift of every key of a layer.
+
+    A zero anchor, and radius 0, count as 0 at home and infinity elsewhere.
+    """
     distance = np.linalg.norm(keys.astype(np.float64) - anchors, axis=1)
     relative = _ratio(distance, np.linalg.norm(anchors.astype(np.float64), axis=1))
     return LayerDrift(relative, _ratio(relative, np.full(len(relative), trust_radius)))
@@ -52,7 +55,9 @@ def layer_drift(anchors: Float32Array, keys: Float32Array, trust_radius: float) 
 def drift_of_layers(
     anchors: Mapping[int, Float32Array], keys: Mapping[int, Float32Array], trust_radius: float
 ) -> tuple[float, float]:
-    """Largest and mean fraction of the trust radius used over the layers of `keys`; zeros when there are none."""
+    """Largest and mean fraction of the trust radius used over the layers of `keys`; zeros when there are
+    none.
+    """
     of_radius = [layer_drift(anchors[layer], keys[layer], trust_radius).of_radius for layer in keys]
     if not of_radius:
         return 0.0, 0.0

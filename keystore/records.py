@@ -34,8 +34,9 @@ TOKENS_PER_CHUNK = 1024  # bounds the float64 scratch of from_tokens to 1024 * K
 class ScopeId:
     """Who the keys learn from: everyone (anchor), one API key (tenant) or one conversation (session).
 
-    `str()` gives "anchor", "tenant:default", "session:default/abc"; `parse` reads it back. Tenant names hold no "/".
-    Raises InvalidConfig on a name that is empty, too long, has control characters or space at an edge.
+    `str()` gives "anchor", "tenant:default", "session:default/abc"; `parse` reads it back. Tenant names hold
+    no "/". Raises InvalidConfig on a name that is empty, too long, has control characters or space at an
+    edge.
     """
 
     kind: ScopeKind
@@ -93,7 +94,10 @@ def _check_name(what: str, name: str | None) -> None:
 
 @dataclass(frozen=True, slots=True)
 class GravityConfig:
-    """Constants of the consolidation law (docs/gravity). Raises InvalidConfig on a value outside its range."""
+    """Constants of the consolidation law (docs/gravity).
+
+    Raises InvalidConfig on a value outside its range.
+    """
 
     rule: Rule = "direct"
     plasticity_rate: float = 0.1  # alpha, SOME v2 section 5.1
@@ -156,8 +160,8 @@ class TokenTrace:
 class LayerStats:
     """Sufficient statistics of one layer and window: sums, so they merge by addition in any order.
 
-    Sums are kept in float64: a float32 query times a float32 weight is exact there, so that the order of addition
-    disappears when the keys are rounded to float32.
+    Sums are kept in float64: a float32 query times a float32 weight is exact there, so that the order of
+    addition disappears when the keys are rounded to float32.
     """
 
     events: Int64Array  # n (M,), number of tokens that selected expert i
@@ -205,11 +209,19 @@ class RoutingStats:
     tokens: int
     layers: Mapping[int, LayerStats]
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether every weighted sum is a number; `from_tokens` makes no other."""
+        return all(bool(np.isfinite(sums.weighted_queries).all()) for sums in self.layers.values())
+
     @classmethod
     def from_tokens(
         cls, scope: ScopeId, traces: Mapping[int, TokenTrace], *, coactivation: bool = False
     ) -> "RoutingStats":
-        """Statistics of the same T tokens in several layers. Raises InvalidStatistics, NonFiniteStatistics."""
+        """Statistics of the same T tokens in several layers.
+
+        Raises InvalidStatistics, NonFiniteStatistics.
+        """
         lengths = {len(trace.queries) for trace in traces.values()}
         if len(lengths) > 1:
             raise InvalidStatistics(

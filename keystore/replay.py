@@ -1,4 +1,6 @@
-"""Between snapshots and stored rows: what to write for a version, and how to rebuild one from what was written."""
+"""Between snapshots and stored rows: what to write for a version, and how to rebuild one from what was
+written.
+"""
 
 from collections.abc import Mapping
 
@@ -15,7 +17,9 @@ from keystore.snapshot import KeySnapshot, build_indexes, checksum_of, read_only
 def record_of(
     snapshot: KeySnapshot, base: KeySnapshot, origin: KeySnapshot, trust_radius: float, *, is_checkpoint: bool
 ) -> VersionRecord:
-    """The rows in which `snapshot` differs from `base` (from the anchors for a checkpoint), with its metadata."""
+    """The rows in which `snapshot` differs from `base` (from the anchors for a checkpoint), with its
+    metadata.
+    """
     plastic = {layer: snapshot.keys_of(layer) for layer in snapshot.usage}
     drift_max, drift_mean = drift_of_layers(origin.keys, plastic, trust_radius)
     against = origin if is_checkpoint else base

@@ -1,4 +1,5 @@
-"""Which versions are at hand: the latest of every live scope, a few older ones, pinned ones, the rest from disk.
+"""Which versions are at hand: the latest of every live scope, a few older ones, pinned ones, the rest from
+disk.
 
 Readers swap by reference under a short lock that is never held during I/O. Knows no gravity and no commits.
 """
@@ -16,7 +17,9 @@ from keystore.snapshot import KeySnapshot
 
 
 class ScopeHistory:
-    """The versions of one scope that are in memory, and what it has learned since the latest without moving a key."""
+    """The versions of one scope that are in memory, and what it has learned since the latest without moving a
+    key.
+    """
 
     __slots__ = ("latest", "pinned", "recent", "tokens", "usage")
 

@@ -1,11 +1,11 @@
-"""KeySnapshot: one immutable version of one scope's keys, ready to search. Knows nothing about how it was learned."""
+"""KeySnapshot: one immutable version of one scope's keys, ready to search. Knows nothing about how it was
+learned.
+"""
 
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-
-import numpy as np
 
 from keystore.index import KeyIndex
 from keystore.records import Float32Array, Int64Array, ScopeId
@@ -15,8 +15,9 @@ from keystore.records import Float32Array, Int64Array, ScopeId
 class KeySnapshot:
     """A published version; never written again. Holding a reference pins it.
 
-    Layers that did not change since the parent share its memory. Two snapshots with one checksum hold the same keys
-    and usage, whatever their numbers; a cache of anything computed with the keys goes by the checksum.
+    Layers that did not change since the parent share its memory. Two snapshots with one checksum hold the
+    same keys and usage, whatever their numbers; a cache of anything computed with the keys goes by the
+    checksum.
     """
 
     model_id: str
@@ -64,7 +65,9 @@ def read_only(arrays: Mapping[int, Float32Array]) -> Mapping[int, Float32Array]:
 
 
 def checksum_of(indexes: Mapping[int, KeyIndex], usage: Mapping[int, Float32Array]) -> str:
-    """sha256 hex over the layers in order: layer number, keys, and usage where the layer is plastic (little-endian)."""
+    """sha256 hex over the layers in order: layer number, keys, and usage where the layer is plastic (little-
+    endian).
+    """
     digest = hashlib.sha256()
     for layer in sorted(indexes):
         digest.update(layer.to_bytes(8, "little", signed=True))

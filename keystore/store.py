@@ -1,7 +1,8 @@
 """KeyStore: the versions of every scope, and the one place where they change.
 
-Composes gravity (how), the shelf (what is in memory), the backend (what is durable) and the intake (what waits).
-One lock orders everything that changes versions; reading one never takes it. Knows no models, tokens or HTTP.
+Composes gravity (how), the shelf (what is in memory), the backend (what is durable) and the intake (what
+waits). One lock orders everything that changes versions; reading one never takes it. Knows no models, tokens
+or HTTP.
 """
 
 import logging
@@ -9,19 +10,17 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
-
-import numpy as np
+from dataclasses import replace
 
 from keystore.backends.base import Backend, VersionRecord, VersionRow
 from keystore.counters import StoreCounters
-from keystore.errors import InvalidConfig, InvalidStatistics, KeyStoreError, VersionConflict
-from keystore.gravity import check_bounds, consolidate_layer, initial_usage
+from keystore.errors import InvalidConfig, KeyStoreError, VersionConflict
 from keystore.intake import DropReason, Intake, PendingWindow
+from keystore.learning import Learner, Progress, create_origin
 from keystore.records import Float32Array, GravityConfig, RoutingStats, ScopeId
 from keystore.replay import rebuild, record_of
 from keystore.shelf import ShelfLimits, VersionShelf
-from keystore.snapshot import KeySnapshot, build_indexes, checksum_of, read_only
+from keystore.snapshot import KeySnapshot
 
 CHECKPOINT_EVERY = 16
 EVERY_SCOPE = "*"
@@ -29,19 +28,11 @@ EVERY_SCOPE = "*"
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Progress:
-    """A scope in the middle of a consolidation: its latest version, and usage and tokens since."""
-
-    snapshot: KeySnapshot
-    usage: Mapping[int, Float32Array]
-    tokens: int
-
-
 class KeyStore:
     """Thread-safe. Raises InvalidConfig, ModelMismatch on creation.
 
-    `anchors` are copied; only `plastic_layers` ever move. The store owns `backend` and closes it.
+    `anchors` are copied; only `plastic_layers` ever move. `close` closes `backend` too; a creation that fails
+    leaves it to the caller.
     """
 
     def __init__(
@@ -62,19 +53,25 @@ class KeyStore:
     ) -> None:
         if not set(plastic_layers) <= anchors.keys():
             raise InvalidConfig("plastic_layers", sorted(plastic_layers), f"some of {sorted(anchors)}")
-        for name, value in (("queue_size", queue_size), ("versions_in_memory", versions_in_memory),
-                            ("versions_on_disk", versions_on_disk), ("max_sessions", max_sessions),
-                            ("num_experts_per_tok", num_experts_per_tok), ("session_ttl_s", session_ttl_s)):  # fmt: skip
+        limits = {
+            "queue_size": queue_size,
+            "versions_in_memory": versions_in_memory,
+            "versions_on_disk": versions_on_disk,
+            "max_sessions": max_sessions,
+            "num_experts_per_tok": num_experts_per_tok,
+            "session_ttl_s": session_ttl_s,
+        }
+        for name, value in limits.items():
             if not value > 0:
                 raise InvalidConfig(name, value, "more than 0")
         self.gravity = gravity
         self._backend, self._clock = backend, clock
-        self._num_experts_per_tok = num_experts_per_tok
         self._versions_on_disk, self._session_ttl_s = versions_on_disk, session_ttl_s
-        self._origin = _create_origin(model_id, anchors, gravity, plastic_layers, clock())
+        self._origin = create_origin(model_id, anchors, gravity, plastic_layers, clock())
+        self._learner = Learner(self._origin, gravity, num_experts_per_tok)
         backend.adopt_model(model_id, self._origin.checksum)
-        limits = ShelfLimits(versions_in_memory, max_sessions)
-        self._shelf = VersionShelf(self._origin, backend.heads(), self._load, limits, clock)
+        in_memory = ShelfLimits(versions_in_memory, max_sessions)
+        self._shelf = VersionShelf(self._origin, backend.heads(), self._load, in_memory, clock)
         self._intake = Intake(queue_size)
         self._frozen = backend.frozen()
         self._session_floor = backend.session_floor()
@@ -106,7 +103,8 @@ class KeyStore:
         if self.is_frozen(stats.scope):
             self._intake.count_dropped("frozen")
             return False
-        if not self._check_fits(stats):
+        self._learner.check_fits(stats)
+        if not stats.is_finite:
             self._intake.count_dropped("non_finite")
             return False
         return self._intake.put(stats)
@@ -184,7 +182,9 @@ class KeyStore:
         return [head.scope for head in self._shelf.heads()]
 
     def expire_sessions(self, now: float) -> list[ScopeId]:
-        """Delete, durably, sessions that nobody viewed or taught for `session_ttl_s` before `now` (unix seconds)."""
+        """Delete, durably, sessions that nobody viewed or taught for `session_ttl_s` before `now` (unix
+        seconds).
+        """
         with self._writing:
             expired = self._shelf.idle_sessions(now - self._session_ttl_s)
             if expired:
@@ -228,31 +228,15 @@ class KeyStore:
         return self._backend.verify_audit()
 
     def close(self) -> None:
-        """Close the backend after whatever is being committed; waiting windows are lost (the worker flushes)."""
+        """Close the backend after what is being committed; waiting windows are lost (the worker flushes)."""
         with self._writing:
             self._backend.close()
 
     def _load(self, scope: ScopeId, version: int) -> KeySnapshot:
         return rebuild(self._backend.load(scope, version), self._origin, self.gravity.trust_radius)
 
-    def _check_fits(self, stats: RoutingStats) -> bool:
-        if stats.tokens < 0 or not stats.layers.keys() <= self._origin.usage.keys():
-            raise InvalidStatistics(
-                f"statistics of {stats.tokens} tokens in layers {sorted(stats.layers)};"
-                f" allowed: 0 or more tokens, plastic layers {list(self._origin.usage)}"
-            )
-        for layer, sums in stats.layers.items():
-            shape = self._origin.keys_of(layer).shape
-            if sums.weighted_queries.shape != shape or sums.events.shape != shape[:1]:
-                raise InvalidStatistics(
-                    f"layer {layer} has sums {sums.weighted_queries.shape}; allowed: {shape}"
-                )
-            if self.gravity.bonding_rate and sums.coactivation is None:
-                raise InvalidStatistics(f"layer {layer} has no coactivation; bonding_rate needs it")
-        return all(np.isfinite(sums.weighted_queries).all() for sums in stats.layers.values())
-
     def _learn(self, windows: Sequence[PendingWindow]) -> list[KeySnapshot]:
-        scopes: dict[ScopeId, _Progress] = {}
+        scopes: dict[ScopeId, Progress] = {}
         records: list[VersionRecord] = []
         published: list[KeySnapshot] = []
         outcomes: Counter[str] = Counter()
@@ -260,9 +244,10 @@ class KeyStore:
             if self.is_frozen(stats.scope):
                 outcomes["frozen"] += 1
                 continue
-            before = scopes.get(stats.scope) or self._progress(stats.scope)
             try:
-                after = self._advance(before, stats)
+                before = scopes.get(stats.scope) or self._progress(stats.scope)
+                version = self._next_version(stats.scope, before.snapshot)
+                after = self._learner.advance(before, stats, version, self._clock())
             except (KeyStoreError, ArithmeticError, ValueError):
                 logger.exception("window rejected", extra={"scope": str(stats.scope), "tokens": stats.tokens})
                 outcomes["rejected"] += 1
@@ -282,49 +267,12 @@ class KeyStore:
         self._updates.update(outcomes)
         return published
 
-    def _progress(self, scope: ScopeId) -> _Progress:
+    def _progress(self, scope: ScopeId) -> Progress:
         history = self._shelf.history(scope)
         if history is not None:
-            return _Progress(history.latest, history.usage, history.tokens)
+            return Progress(history.latest, history.usage, history.tokens)
         snapshot = self._shelf.latest(scope)
-        return _Progress(snapshot, snapshot.usage, snapshot.tokens)
-
-    def _advance(self, before: _Progress, stats: RoutingStats) -> _Progress:
-        keys, usage = dict(before.snapshot.keys), dict(before.usage)
-        moved = False
-        for layer in sorted(stats.layers):
-            update = consolidate_layer(
-                self._origin.keys_of(layer),
-                keys[layer],
-                usage[layer],
-                stats.layers[layer],
-                self.gravity,
-                num_experts_per_tok=self._num_experts_per_tok,
-                window_tokens=stats.tokens,
-                learned_tokens=before.tokens,
-            )
-            check_bounds(self._origin.keys_of(layer), update.keys, self.gravity.trust_radius)
-            keys[layer], usage[layer] = update.keys, update.usage
-            moved = moved or len(update.moved_ids) > 0
-        tokens = before.tokens + stats.tokens
-        if not moved:
-            return _Progress(before.snapshot, usage, tokens)
-        base = before.snapshot
-        forked = "" if base.scope == stats.scope else f", forked from {base.scope} version {base.version}"
-        indexes, usage = build_indexes(keys, base.indexes), read_only(usage)
-        snapshot = replace(
-            base,
-            scope=stats.scope,
-            version=self._next_version(stats.scope, base),
-            parent=base.version,
-            reason=f"learned from {stats.tokens} tokens{forked}",
-            created_at=self._clock(),
-            tokens=tokens,
-            indexes=indexes,
-            usage=usage,
-            checksum=checksum_of(indexes, usage),
-        )
-        return _Progress(snapshot, usage, tokens)
+        return Progress(snapshot, snapshot.usage, snapshot.tokens)
 
     def _next_version(self, scope: ScopeId, base: KeySnapshot) -> int:
         forks = base.scope != scope
@@ -375,30 +323,3 @@ class KeyStore:
                     logger.exception("subscriber failed", extra={"scope": str(snapshot.scope)})
         for scope in {each.scope for each in published if each.version % CHECKPOINT_EVERY == 0}:
             self._backend.thin(scope, self._versions_on_disk)
-
-
-def _create_origin(
-    model_id: str,
-    anchors: Mapping[int, Float32Array],
-    gravity: GravityConfig,
-    plastic_layers: Collection[int],
-    now: float,
-) -> KeySnapshot:
-    keys = {layer: np.array(rows, dtype=np.float32, order="C") for layer, rows in anchors.items()}
-    for layer, rows in keys.items():
-        if rows.ndim != 2 or not rows.size or not np.isfinite(rows).all():
-            raise InvalidConfig(f"anchors of layer {layer}", rows.shape, "finite float32 of shape (M, D)")
-    indexes = build_indexes(keys)
-    usage = read_only({layer: initial_usage(len(keys[layer]), gravity) for layer in plastic_layers})
-    return KeySnapshot(
-        model_id=model_id,
-        scope=ScopeId("anchor"),
-        version=0,
-        parent=None,
-        reason="the anchors",
-        created_at=now,
-        tokens=0,
-        indexes=indexes,
-        usage=usage,
-        checksum=checksum_of(indexes, usage),
-    )

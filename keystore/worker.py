@@ -1,4 +1,6 @@
-"""ConsolidationWorker: the thread that learns. A failure is logged, counted and retried; it never ends the thread."""
+"""ConsolidationWorker: the thread that learns. A failure is logged, counted and retried; it never ends the
+thread.
+"""
 
 import logging
 import threading

@@ -1,7 +1,8 @@
 """The frozen base model and one batched step through it, with expert blocks where a variant has them.
 
 Sequences of all variants share one pass: the base's products run over every row, a block only over the rows of
-its own variant. R rows (padded), H hidden, V vocabulary.
+its own variant. Weights and products may be bfloat16; the residual stream is always float32, which costs little and
+halves the error. R rows (padded), H hidden, V vocabulary.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 # Rows of a batch are padded to a multiple of this: then a row's bits do not depend on how many others there are.
 ROW_MULTIPLE = {torch.float32: 4, torch.bfloat16: 2}
+EXACT_LOGITS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,7 @@ class Transformer:
         positions = [segment.start + i for segment in segments for i in range(len(segment.token_ids))]
         padding = [0] * (-len(token_ids) % ROW_MULTIPLE[self.dtype])
         rope = self.rope_at(torch.tensor(positions + padding, device=self.device))
-        hidden = F.embedding(torch.tensor(token_ids + padding, device=self.device), self.embedding)
+        hidden = self.embed(torch.tensor(token_ids + padding, device=self.device))
         spans, groups = self._plan(segments)
         for index, layer in enumerate(self.layers):
             hidden = self.layer(
@@ -97,11 +99,15 @@ class Transformer:
                 block = variant.blocks.get(index)
                 if block is not None:
                     rows = hidden[first:end]
-                    rows += block.serve(rows, index, block_spans, variant.usage).to(hidden.dtype)
+                    rows += block.serve(rows, index, block_spans, variant.usage)
         return hidden[: len(token_ids)]
 
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """The residual stream's start: token ids (...) -> (..., H) float32."""
+        return F.embedding(token_ids, self.embedding).float()
+
     def layer(self, hidden: Tensor, weights: LayerWeights, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        """One decoder layer over rows (R, H); `attend` maps rotated q, k and v, each (R, heads, D), to (R, H)."""
+        """One decoder layer over rows (R, H) float32; `attend` maps rotated q, k and v (R, heads, D) to (R, H)."""
         config = self.config
         normed = self._norm(hidden, weights.input_norm)
         qkv = F.linear(normed, weights.qkv_proj)
@@ -115,16 +121,26 @@ class Transformer:
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
-        """Next-token logits of some rows: (n, H) -> (n, V) float32."""
+        """Next-token logits of some rows: (n, H) -> (n, V) float32.
+
+        bfloat16 rounds logits near 25 to eighths, which ties the best tokens; the likeliest are computed again
+        in float32.
+        """
         count = len(hidden)
         hidden = F.pad(hidden, (0, 0, 0, -count % ROW_MULTIPLE[self.dtype]))
-        return F.linear(self._norm(hidden, self.final_norm), self.embedding)[:count].float()
+        normed = F.rms_norm(hidden, self.final_norm.shape, self.final_norm.float(), self.config.rms_norm_eps)
+        logits = F.linear(normed.to(self.dtype), self.embedding).float()
+        if self.dtype != torch.float32:
+            likeliest = logits.topk(EXACT_LOGITS, dim=1).indices  # (n, EXACT_LOGITS)
+            exact = (self.embedding[likeliest].float() * normed.unsqueeze(1)).sum(-1)
+            logits.scatter_(1, likeliest, exact)
+        return logits[:count]
 
     def rope_at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         return self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
 
     def _norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(hidden, weight.shape, weight, self.config.rms_norm_eps)
+        return F.rms_norm(hidden, weight.shape, weight.float(), self.config.rms_norm_eps).to(self.dtype)
 
     def _plan(
         self, segments: Sequence[Segment]

@@ -122,7 +122,7 @@ def build(
         for name, endpoint in settings.endpoints.items()
     }
     stores = tuple(p.store for p in plasticity.values())
-    return Parts(Registry(endpoints, (runner,)), tuple(ConsolidationWorker(s) for s in stores), stores)
+    return Parts(Registry(endpoints, (runner,)), tuple(ConsolidationWorker(s, time.time) for s in stores), stores)
 
 
 def _load_variant(
@@ -162,7 +162,7 @@ def _open_plasticity(
         model_id,
         anchors,
         endpoint.gravity.config(),
-        EmbeddedBackend(settings.data_dir / "keys" / f"keys-{name}.sqlite3", model_id),
+        EmbeddedBackend(settings.data_dir / "keys" / f"keys-{name}.sqlite3"),
         num_experts_per_tok=config.num_experts_per_tok,
         plastic_layers=plastic,
         queue_size=limits.queue_windows,

@@ -13,7 +13,7 @@ from model.tokenizer import TextStream, TextTokenizer
 from server.engine.errors import GenerationFailed
 from server.engine.mailbox import Mailbox
 from server.engine.runner import EngineRunner
-from server.engine.sequence import Sequence
+from server.engine.sequence import Sequence, TokenEvent
 
 PlasticityMode = Literal["off", "read", "learn"]
 
@@ -82,27 +82,38 @@ class Generation:
                 if event.finish_reason in ("error", "cancelled"):
                     finished = True
                     raise GenerationFailed("the engine gave up on this request")
-                text = self._stream.push(event.token_ids)
-                if event.finish_reason is not None:
-                    text += self._stream.finish()
-                text, stopped = self._stop.push(text)
-                if stopped:
-                    yield TextDelta(text, event.token_ids, "stop")
+                delta = self._read(event)
+                finished = event.finish_reason is not None
+                if delta.finish_reason is not None and not finished:
+                    finished = True
+                    self._runner.end(self._sequence, "stop")
+                yield delta
+                if finished:
                     return
-                if event.finish_reason is None:
-                    if text or event.token_ids:
-                        yield TextDelta(text, event.token_ids)
-                    continue
-                finished = True
-                reason = "length" if event.finish_reason == "length" else "stop"
-                yield TextDelta(text + self._stop.rest(), event.token_ids, reason)
         finally:
             if not finished:
                 self.cancel()
 
     def cancel(self) -> None:
         """Give the slot and the memory back; harmless when the answer is already complete."""
-        self._runner.cancel(self._sequence)
+        self._runner.end(self._sequence, "cancelled")
+
+    def _read(self, event: TokenEvent) -> TextDelta:
+        """Text of an event, token by token, so that how events were merged does not show in the answer."""
+        text = ""
+        for count, token_id in enumerate(event.token_ids, 1):
+            if event.finish_reason == "stop" and count == len(event.token_ids):
+                break  # the token that ended the answer is not part of its text
+            piece, stopped = self._stop.push(self._stream.push((token_id,)))
+            text += piece
+            if stopped:
+                return TextDelta(text, event.token_ids[:count], "stop")
+        if event.finish_reason is None:
+            return TextDelta(text, event.token_ids)
+        piece, stopped = self._stop.push(self._stream.finish())
+        text += piece if stopped else piece + self._stop.rest()
+        reason = "length" if event.finish_reason == "length" and not stopped else "stop"
+        return TextDelta(text, event.token_ids, reason)
 
 
 class StopStrings:

@@ -45,7 +45,8 @@ class Teacher:
         self._gravity = gravity
         self._num_experts = num_experts
         self._anchor_norms: Mapping[int, float] = {
-            layer: float(np.linalg.norm(anchors, axis=1).mean()) for layer, anchors in store.anchors.items()
+            layer: float(np.linalg.norm(keys, axis=1).mean())
+            for layer, keys in store.view(ScopeId("anchor")).keys.items()
         }
         self._open: OrderedDict[ScopeId, OpenWindow] = OrderedDict()
         self._lock = threading.Lock()

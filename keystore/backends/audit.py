@@ -20,7 +20,10 @@ def chain_hash(previous: str, event: str) -> str:
 
 
 def verify_chain(rows: Iterable[tuple[int, str, str]]) -> int:
-    """Walk (id, event, hash) rows in order and return how many there are. Raises StoreCorrupted at the first break."""
+    """Walk (id, event, hash) rows in order and return how many there are.
+
+    Raises StoreCorrupted at the first break.
+    """
     previous, length = GENESIS, 0
     for audit_id, event, recorded in rows:
         if audit_id != length + 1 or chain_hash(previous, event) != recorded:

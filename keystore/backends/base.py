@@ -1,4 +1,7 @@
-"""What a store of versions must do, and the records it keeps. Knows rows and bytes, not gravity or searching."""
+"""What a store of versions must do, and the records it keeps.
+
+Knows rows and bytes, not gravity or searching.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -72,11 +75,13 @@ class Backend(Protocol):
         ...
 
     def session_floor(self) -> int:
-        """Highest version number of any deleted session: a new one starts above it, so numbers never come back."""
+        """Highest version number of any deleted session: a new one starts above it, so numbers never come
+        back.
+        """
         ...
 
     def commit(self, records: Sequence[VersionRecord]) -> None:
-        """Keep all records or none; durable when it returns. Raises VersionConflict when a number is taken."""
+        """Keep all or none; durable when it returns. Raises VersionConflict when a number is taken."""
         ...
 
     def load(self, scope: ScopeId, version: int) -> StoredVersion:
@@ -88,7 +93,7 @@ class Backend(Protocol):
         ...
 
     def thin(self, scope: ScopeId, keep: int) -> None:
-        """Drop all but the newest `keep` versions, what those are rebuilt from, and `keep` older checkpoints."""
+        """Drop all but the newest `keep`, what those are rebuilt from, and `keep` older checkpoints."""
         ...
 
     def delete_scopes(self, scopes: Iterable[ScopeId], at: float) -> None:

@@ -1,13 +1,13 @@
 """Versions in one SQLite file through apsw: WAL, synchronous=FULL, one writer, a separate reader.
 
-A commit is one transaction: rows, usage, version and audit link are all there or none is. Does not know gravity, nor
-what a blob's rows are applied to.
+A commit is one transaction: rows, usage, version and audit link are all there or none is. Does not know
+gravity, nor what a blob's rows are applied to.
 """
 
 import fcntl
 import os
 import threading
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,10 @@ _ROW_COLUMNS = "scope, version, parent, created_at, tokens, drift_max, drift_mea
 
 
 class EmbeddedBackend:
-    """A Backend in one file. Raises StoreLocked when another process has it, StoreCorrupted on another schema."""
+    """A Backend in one file.
+
+    Raises StoreLocked when another process has it, StoreCorrupted on another schema.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -78,14 +81,15 @@ class EmbeddedBackend:
                     _set_meta(writer, name, given)
                 elif stored != given:
                     raise ModelMismatch(
-                        f"{self.path} holds keys of {name} {stored!r}, not of {given!r}; allowed: the same model"
+                        f"{self.path} holds keys of {name} {stored!r}, not of {given!r}; allowed: one model"
                     )
 
     def heads(self) -> Sequence[ScopeHead]:
         """Every scope that has versions."""
         rows = self._read(
-            "SELECT s.scope, s.first_version, s.forked_from, v.version, v.created_at FROM scopes s JOIN versions v"
-            " ON v.scope = s.scope AND v.version = (SELECT max(version) FROM versions WHERE scope = s.scope)"
+            "SELECT s.scope, s.first_version, s.forked_from, v.version, v.created_at FROM scopes s"
+            " JOIN versions v ON v.scope = s.scope"
+            " AND v.version = (SELECT max(version) FROM versions WHERE scope = s.scope)"
         )
         return [ScopeHead(ScopeId.parse(scope), *rest) for scope, *rest in rows]
 
@@ -95,16 +99,20 @@ class EmbeddedBackend:
             return int(_meta(self._reader, "session_floor") or 0)
 
     def commit(self, records: Sequence[VersionRecord]) -> None:
-        """Keep all records or none; durable when it returns. Raises VersionConflict when a number is taken."""
+        """Keep all or none; durable when it returns. Raises VersionConflict when a number is taken."""
         packed = [(record, pack_changes(record.changes), pack_usage(record.usage)) for record in records]
         with self._transaction() as writer:
             for record, changes, usage in packed:
                 _insert_version(writer, record, changes, usage)
 
     def load(self, scope: ScopeId, version: int) -> StoredVersion:
-        """The nearest checkpoint at or below `version` and what follows. Raises KeyVersionUnavailable, StoreCorrupted."""
+        """The nearest checkpoint at or below `version` and what follows.
+
+        Raises KeyVersionUnavailable, StoreCorrupted.
+        """
         rows = self._read(
-            f"SELECT {_ROW_COLUMNS}, changes, usage FROM versions WHERE scope = ?1 AND version <= ?2 AND version >="  # noqa: S608 - constant columns
+            f"SELECT {_ROW_COLUMNS}, changes, usage FROM versions"  # noqa: S608 - constant columns
+            " WHERE scope = ?1 AND version <= ?2 AND version >="
             " (SELECT max(version) FROM versions WHERE scope = ?1 AND version <= ?2 AND is_checkpoint)"
             " ORDER BY version",
             (str(scope), version),
@@ -123,14 +131,16 @@ class EmbeddedBackend:
 
     def versions(self, scope: ScopeId) -> Sequence[VersionRow]:
         """What is left of a scope's history, newest first."""
-        query = f"SELECT {_ROW_COLUMNS} FROM versions WHERE scope = ? ORDER BY version DESC"  # noqa: S608 - constant columns
+        newest_first = "FROM versions WHERE scope = ? ORDER BY version DESC"
+        query = f"SELECT {_ROW_COLUMNS} {newest_first}"
         return [_version_row(row) for row in self._read(query, (str(scope),))]
 
     def thin(self, scope: ScopeId, keep: int) -> None:
         """Drop all but the newest `keep`, what those are rebuilt from, and `keep` older checkpoints."""
         with self._transaction() as writer:
             writer.execute(
-                "WITH newest AS (SELECT version FROM versions WHERE scope = ?1 ORDER BY version DESC LIMIT ?2),"
+                "WITH newest AS (SELECT version FROM versions WHERE scope = ?1"
+                "          ORDER BY version DESC LIMIT ?2),"
                 " base AS (SELECT max(version) AS version FROM versions WHERE scope = ?1 AND is_checkpoint"
                 "          AND version <= (SELECT min(version) FROM newest)),"
                 " older AS (SELECT version FROM versions WHERE scope = ?1 AND is_checkpoint"
@@ -255,7 +265,7 @@ def _insert_version(writer: apsw.Connection, record: VersionRecord, changes: byt
     _append_audit(writer, event | {"tokens": row.tokens, "checksum": row.checksum, "reason": row.reason})
 
 
-def _append_audit(writer: apsw.Connection, event: dict[str, object]) -> None:
+def _append_audit(writer: apsw.Connection, event: Mapping[str, object]) -> None:
     last = writer.execute("SELECT id, hash FROM audit ORDER BY id DESC LIMIT 1").fetchone()
     audit_id, previous = (int(last[0]), str(last[1])) if last else (0, GENESIS)
     text = canonical_json(event)

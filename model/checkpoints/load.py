@@ -86,11 +86,15 @@ def _identity(path: Path) -> str:
     return f"{path.stem}-{digest.hexdigest()[:16]}"
 
 
+def _named(stem: Path, suffix: str) -> Path:
+    return stem.with_name(stem.name + suffix)  # not with_suffix: model names have dots of their own
+
+
 def _read_cache(stem: Path) -> tuple[ModelConfig, TokenizerSpec, dict[str, Tensor]] | None:
     """What an earlier start converted; None when there is nothing, or something torn by a crash."""
     try:
-        described = json.loads(stem.with_suffix(".json").read_text())
-        weights = load_file(stem.with_suffix(".safetensors"))
+        described = json.loads(_named(stem, ".json").read_text())
+        weights = load_file(_named(stem, ".safetensors"))
         return ModelConfig(**described["config"]), TokenizerSpec(**described["tokenizer"]), weights
     except (SafetensorError, OSError, ValueError, KeyError, TypeError):
         return None
@@ -99,8 +103,8 @@ def _read_cache(stem: Path) -> tuple[ModelConfig, TokenizerSpec, dict[str, Tenso
 def _write_cache(stem: Path, config: ModelConfig, spec: TokenizerSpec, weights: dict[str, Tensor]) -> None:
     """Each file appears whole or not at all; the description comes last and makes the pair valid."""
     stem.parent.mkdir(parents=True, exist_ok=True)
-    partial = stem.with_suffix(f".{os.getpid()}.partial")
+    partial = _named(stem, f".{os.getpid()}.partial")
     save_file(weights, partial)
-    partial.replace(stem.with_suffix(".safetensors"))
+    partial.replace(_named(stem, ".safetensors"))
     partial.write_text(json.dumps({"config": asdict(config), "tokenizer": asdict(spec)}))
-    partial.replace(stem.with_suffix(".json"))
+    partial.replace(_named(stem, ".json"))

@@ -68,20 +68,21 @@ def _collect(
     domain: Domain, split: str, tokenizer: TextTokenizer, tokens_wanted: int
 ) -> tuple[NDArray[np.int32], NDArray[np.int32], list[dict[str, object]]]:
     """Cut files into windows until there are enough; a file's last, shorter window is left out."""
+    wanted = tokens_wanted // WINDOW
     windows: list[NDArray[np.int32]] = []
     index: list[int] = []
     files: list[dict[str, object]] = []
     bar = tqdm(total=tokens_wanted, desc=f"{domain.name} {split}", unit="tok", unit_scale=True)
     for document in documents(domain, split, SEED):
         ids = np.array(tokenizer.encode(document.text), dtype=np.int32)
-        count = min((len(ids) - 1) // WINDOW, WINDOWS_PER_FILE[split])
+        count = min((len(ids) - 1) // WINDOW, WINDOWS_PER_FILE[split], wanted - len(windows))
         if count == 0:
             continue
         windows += [ids[i * WINDOW : (i + 1) * WINDOW + 1] for i in range(count)]
         index += [len(files)] * count
         files.append({"path": str(document.path), "sha256": document.sha256, "windows": count})
         bar.update(count * WINDOW)
-        if len(windows) * WINDOW >= tokens_wanted:
+        if len(windows) == wanted:
             break
     bar.close()
     return np.stack(windows), np.array(index, dtype=np.int32), files

@@ -62,7 +62,7 @@ def train(
                 group["lr"] = learning_rate(step, steps, config)
             batch = order[step * config.windows_per_step : (step + 1) * config.windows_per_step]
             targets = tokens[batch, 1:].to(model.device)
-            losses, auxiliary = upper_loss(model, blocks, lower.of(batch).clone(), targets, first)
+            losses, auxiliary = upper_loss(model, blocks, lower.of(batch), targets, first)
             loss = losses.mean()
             optimizer.zero_grad()
             (loss + auxiliary).backward()

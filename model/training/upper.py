@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from model.attention import attend_whole
@@ -21,7 +20,7 @@ from model.transformer import Transformer
 def lower_states(model: Transformer, tokens: Tensor, first_block: int) -> Tensor:
     """Hidden states behind layer `first_block`, before its block: tokens (B, T) -> (B, T, H)."""
     with torch.inference_mode():
-        return run_layers(model, F.embedding(tokens, model.embedding), 0, first_block + 1)
+        return run_layers(model, model.embed(tokens), 0, first_block + 1)
 
 
 def run_layers(model: Transformer, hidden: Tensor, first: int, end: int) -> Tensor:
@@ -46,7 +45,7 @@ def upper_loss(
     for layer in sorted(blocks):
         hidden = run_layers(model, hidden, at + 1, layer + 1)
         contribution, block_loss = blocks[layer](hidden.flatten(0, 1))
-        hidden = hidden + contribution.view_as(hidden).to(hidden.dtype)
+        hidden = hidden + contribution.view_as(hidden)
         auxiliary = auxiliary + block_loss
         at = layer
     hidden = run_layers(model, hidden, at + 1, len(model.layers))
@@ -78,7 +77,7 @@ class LowerStates:
         )
 
     def of(self, windows: Tensor) -> Tensor:
-        """States of some windows: (B) indices -> (B, T, H) bfloat16."""
+        """States of some windows: (B) indices -> (B, T, H) float32."""
         rows = windows.numpy()
         missing = rows[self._known[rows] == 0]
         if len(missing):
@@ -86,4 +85,4 @@ class LowerStates:
             self._states[missing] = states.bfloat16().cpu().view(torch.int16).numpy().view(np.uint16)
             self._known[missing] = 1
         words = torch.from_numpy(np.asarray(self._states[rows]).view(np.int16))
-        return words.view(torch.bfloat16).to(self._model.device)
+        return words.view(torch.bfloat16).to(self._model.device).float()

@@ -1,5 +1,6 @@
 """One step of continuous batching: schedule, forward, sample, deliver, teach. Knows no threads and no HTTP."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -17,12 +18,12 @@ from server.engine.sequence import FinishReason, Lesson, Sequence, TokenEvent
 class EngineCounters:
     """What the engine has done since its start; the metrics page reads it."""
 
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
+    prompt_tokens: Counter[str] = field(default_factory=Counter[str])  # by endpoint
+    generated_tokens: Counter[str] = field(default_factory=Counter[str])
     steps: int = 0
     failed_steps: int = 0
     lessons_failed: int = 0
-    finished: dict[tuple[str, str], int] = field(default_factory=dict[tuple[str, str], int])
+    finished: Counter[tuple[str, str]] = field(default_factory=Counter[tuple[str, str]])  # endpoint, reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ class Engine:
 
     def step(self) -> None:
         """Compute one batch and hand every new token to its sequence's mailbox."""
-        self._drop_cancelled()
+        self._drop_ended()
         while (admitted := self.scheduler.admit()) is not None:
             self._prepare(admitted)
         plan = self.scheduler.plan()
@@ -94,8 +95,7 @@ class Engine:
         if sequence.cache is not None:
             self.cache.release(sequence.cache)
             sequence.cache = None
-        key = (sequence.endpoint, reason)
-        self.counters.finished[key] = self.counters.finished.get(key, 0) + 1
+        self.counters.finished[sequence.endpoint, reason] += 1
         self._observe.finished(sequence.endpoint, self._clock() - sequence.arrived_at)
         sequence.deliver(TokenEvent(token_ids, reason))
 
@@ -118,10 +118,10 @@ class Engine:
                 sequence.generator.manual_seed(sequence.params.seed)
         self._observe.queued(sequence.endpoint, sequence.admitted_at - sequence.arrived_at)
 
-    def _drop_cancelled(self) -> None:
+    def _drop_ended(self) -> None:
         for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
-            if sequence.cancelled:
-                self.finish(sequence, "cancelled")
+            if sequence.ended is not None:
+                self.finish(sequence, sequence.ended)
 
     def _segment(self, sequence: Sequence, count: int) -> Segment:
         assert sequence.cache is not None, sequence.sequence_id
@@ -144,7 +144,7 @@ class Engine:
         for (sequence, count), segment in zip(plan, segments, strict=True):
             if not sequence.decoding:
                 sequence.prefilled += count
-                self.counters.prompt_tokens += count
+                self.counters.prompt_tokens[sequence.endpoint] += count
                 if segment.trace is not None:
                     following = sequence.prompt_token_ids[segment.start + 1 : segment.start + 1 + count]
                     targets = torch.tensor(following)
@@ -178,7 +178,7 @@ class Engine:
 
     def _deliver(self, sequence: Sequence, token: int, now: float) -> None:
         sequence.generated.append(token)
-        self.counters.generated_tokens += 1
+        self.counters.generated_tokens[sequence.endpoint] += 1
         if sequence.last_token_at is None:
             sequence.first_token_at = now
             self._observe.first_token(sequence.endpoint, now - sequence.arrived_at)

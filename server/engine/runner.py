@@ -10,7 +10,7 @@ import torch
 
 from server.engine.engine import Engine
 from server.engine.errors import EngineDraining, EngineOverloaded
-from server.engine.sequence import Sequence
+from server.engine.sequence import FinishReason, Sequence
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +45,20 @@ class EngineRunner:
             self._inbox.extend(sequences)
             self._wake.notify()
 
-    def cancel(self, sequence: Sequence) -> None:
-        """The reader is gone: free the sequence's slot and memory at the next step."""
+    def end(self, sequence: Sequence, reason: FinishReason) -> None:
+        """The reader wants no more tokens: free the sequence's slot and memory at the next step."""
         with self._wake:
-            sequence.cancelled = True
+            sequence.ended = sequence.ended or reason
             self._wake.notify()
+
+    def waiting(self) -> list[Sequence]:
+        """Sequences that have not started yet."""
+        with self._wake:
+            return [*self._inbox, *list(self.engine.scheduler.waiting)]
+
+    def running(self) -> list[Sequence]:
+        """Sequences that hold a slot and memory."""
+        return list(self.engine.scheduler.running)
 
     def seconds_since_beat(self) -> float:
         """Age of the engine's last sign of life."""

@@ -43,7 +43,7 @@ class Sequence:
     generated: list[int] = field(default_factory=list[int])
     cache: SequenceCache | None = None
     generator: torch.Generator | None = None
-    cancelled: bool = False
+    ended: FinishReason | None = None  # set by the reader: it needs no more tokens, and why
 
     @property
     def reservation(self) -> int:

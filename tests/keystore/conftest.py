@@ -54,13 +54,30 @@ def open_store(path: Path, gravity: GravityConfig | None = None, **options: obje
         "num_experts_per_tok": NUM_EXPERTS_PER_TOK,
         "plastic_layers": PLASTIC_LAYERS,
     }
-    return KeyStore(backend=EmbeddedBackend(path), **(settings | options))
+    backend = EmbeddedBackend(path)
+    try:
+        return KeyStore(backend=backend, **(settings | options))
+    except BaseException:
+        backend.close()
+        raise
 
 
 def learn(store: KeyStore, seed: int = 0, scope: ScopeId = TENANT) -> None:
     """One window that moves keys, consolidated."""
     assert store.submit(make_window(scope, seed))
     assert len(store.consolidate_once()) == 1
+
+
+@pytest.fixture
+def window() -> Callable[..., RoutingStats]:
+    """make_window(scope, seed, tokens)"""
+    return make_window
+
+
+@pytest.fixture
+def teach() -> Callable[..., None]:
+    """learn(store, seed, scope)"""
+    return learn
 
 
 @pytest.fixture

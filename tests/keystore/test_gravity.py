@@ -25,7 +25,13 @@ RULES = st.sampled_from(["literal", "direct"])
 INERTIAS = st.sampled_from(["ema", "count", "none"])
 DARK_ENERGIES = st.sampled_from(["decay", "decay_to_zero", "repulsion", "none"])
 RADII = st.sampled_from([0.0, 1e-7, 0.05, 0.2, 1.0, 3.0])
-EVERYTHING_ON = {"bonding_rate": 0.05, "repulsion_rate": 0.1, "decay_rate": 0.5, "usage_threshold": 1.0, "warmup_tokens": 0}
+EVERYTHING_ON = {
+    "bonding_rate": 0.05,
+    "repulsion_rate": 0.1,
+    "decay_rate": 0.5,
+    "usage_threshold": 1.0,
+    "warmup_tokens": 0,
+}
 
 
 def make_trace(seed: int, tokens: int = 20, *, literal: bool = False) -> TokenTrace:
@@ -50,7 +56,14 @@ def select(trace: TokenTrace, rows) -> TokenTrace:
 def step(anchors, keys, stats, config, usage=None, tokens=20, learned=0):
     usage = initial_usage(M, config) if usage is None else usage
     return consolidate_layer(
-        anchors, keys, usage, stats, config, num_experts_per_tok=K, window_tokens=tokens, learned_tokens=learned
+        anchors,
+        keys,
+        usage,
+        stats,
+        config,
+        num_experts_per_tok=K,
+        window_tokens=tokens,
+        learned_tokens=learned,
     )
 
 
@@ -68,7 +81,10 @@ def test_order_and_split_of_tokens_do_not_matter(seed: int, rule: str, bonding: 
     order = np.random.default_rng(seed).permutation(20)
     whole = LayerStats.from_tokens(trace, coactivation=bonding)
     shuffled = LayerStats.from_tokens(select(trace, order), coactivation=bonding)
-    parts = [LayerStats.from_tokens(select(trace, order[cut]), coactivation=bonding) for cut in (slice(7), slice(7, 20))]
+    parts = [
+        LayerStats.from_tokens(select(trace, order[cut]), coactivation=bonding)
+        for cut in (slice(7), slice(7, 20))
+    ]
     anchors = make_keys(seed)
     keys = [step(anchors, anchors, each, config).keys for each in (whole, shuffled, parts[1].merge(parts[0]))]
     np.testing.assert_allclose(keys[1], keys[0], rtol=1e-6, atol=1e-7)
@@ -110,9 +126,13 @@ def test_count_retention_telescopes_over_windows_and_follows_the_sequential_law(
     config = GravityConfig(rule="literal", inertia="count")
     usage = np.array([50, 200], np.float32)
     first, second = np.array([30, 7]), np.array([11, 90])
-    both = retention(first, usage, 0.3, config) * retention(second, usage + first.astype(np.float32), 0.3, config)
+    both = retention(first, usage, 0.3, config) * retention(
+        second, usage + first.astype(np.float32), 0.3, config
+    )
     np.testing.assert_allclose(both, retention(first + second, usage, 0.3, config), rtol=1e-6)
-    sequential = [np.prod([1 - 0.3 / (1 + u + hit) for hit in range(n)]) for u, n in zip(usage, first, strict=True)]
+    sequential = [
+        np.prod([1 - 0.3 / (1 + u + hit) for hit in range(n)]) for u, n in zip(usage, first, strict=True)
+    ]
     np.testing.assert_allclose(retention(first, usage, 0.3, config), sequential, rtol=5e-3)
 
 
@@ -132,18 +152,31 @@ def test_literal_step_stays_in_the_convex_hull(seed: int, inertia: str, beta: fl
 
 def test_shares_of_queries_and_peers_together_never_pass_one_half() -> None:
     config = GravityConfig(rule="literal", plasticity_rate=1.0, bonding_rate=1.0, inertia="none")
-    stats, start = LayerStats.from_tokens(make_trace(0, literal=True), coactivation=True), make_keys(0).astype(float)
+    stats, start = (
+        LayerStats.from_tokens(make_trace(0, literal=True), coactivation=True),
+        make_keys(0).astype(float),
+    )
     mean_query = stats.weighted_queries / stats.events[:, None]
     mean_peer = stats.coactivation @ start / stats.coactivation.sum(axis=1)[:, None]
-    displacement = pull(start, initial_usage(M, config), stats, config, K)
-    np.testing.assert_allclose(displacement, 0.25 * (mean_query - start) + 0.25 * (mean_peer - start), atol=1e-12)
+    displacement = pull(start, initial_usage(M, config), stats, config, num_experts_per_tok=2)
+    np.testing.assert_allclose(
+        displacement, 0.25 * (mean_query - start) + 0.25 * (mean_peer - start), atol=1e-12
+    )
 
 
 def test_credit_step_is_rate_over_inertia_times_mean_credit_weighted_query() -> None:
-    config, stats, anchors = GravityConfig(trust_radius=100.0), LayerStats.from_tokens(make_trace(1)), make_keys(1)
+    config, stats, anchors = (
+        GravityConfig(trust_radius=100.0),
+        LayerStats.from_tokens(make_trace(1)),
+        make_keys(1),
+    )
     usage = np.linspace(0, 3, M, dtype=np.float32)
-    expected = anchors + (0.1 / (1 + usage))[:, None] * stats.weighted_queries / np.maximum(stats.events, 1)[:, None]
-    np.testing.assert_allclose(step(anchors, anchors, stats, config, usage).keys, expected, rtol=1e-5, atol=1e-6)
+    expected = (
+        anchors + (0.1 / (1 + usage))[:, None] * stats.weighted_queries / np.maximum(stats.events, 1)[:, None]
+    )
+    np.testing.assert_allclose(
+        step(anchors, anchors, stats, config, usage).keys, expected, rtol=1e-5, atol=1e-6
+    )
 
 
 @given(
@@ -208,7 +241,9 @@ def test_literal_keys_keep_the_length_of_their_anchors() -> None:
     anchors, config = make_keys(3), GravityConfig(rule="literal", trust_radius=100.0)
     update = step(anchors, anchors, LayerStats.from_tokens(make_trace(3, literal=True)), config)
     assert len(update.moved_ids)
-    np.testing.assert_allclose(np.linalg.norm(update.keys, axis=1), np.linalg.norm(anchors, axis=1), rtol=1e-6)
+    np.testing.assert_allclose(
+        np.linalg.norm(update.keys, axis=1), np.linalg.norm(anchors, axis=1), rtol=1e-6
+    )
 
 
 def test_idle_experts_go_home_only_after_warm_up_and_measured_in_tokens() -> None:
@@ -226,9 +261,13 @@ def test_idle_experts_go_home_only_after_warm_up_and_measured_in_tokens() -> Non
 def test_repulsion_pushes_away_from_the_others_by_a_constant_length() -> None:
     anchors = make_keys(5)
     nothing = LayerStats(np.zeros(M, np.int64), np.zeros((M, D)), np.zeros(M), None)
-    config = GravityConfig(dark_energy="repulsion", repulsion_rate=0.1, decay_window_tokens=20, warmup_tokens=0)
+    config = GravityConfig(
+        dark_energy="repulsion", repulsion_rate=0.1, decay_window_tokens=20, warmup_tokens=0
+    )
     pushed = step(anchors, anchors, nothing, config, tokens=20).keys - anchors
-    np.testing.assert_allclose(np.linalg.norm(pushed, axis=1), 0.1 * np.linalg.norm(anchors, axis=1), rtol=1e-4)
+    np.testing.assert_allclose(
+        np.linalg.norm(pushed, axis=1), 0.1 * np.linalg.norm(anchors, axis=1), rtol=1e-4
+    )
     away = anchors[0] - anchors[1:].mean(axis=0)
     assert pushed[0] @ away > 0.999 * np.linalg.norm(pushed[0]) * np.linalg.norm(away)
 
@@ -261,7 +300,13 @@ def test_bounds_reject_keys_that_are_far_or_not_finite() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"trust_radius": -0.1}, {"plasticity_rate": float("nan")}, {"rule": "other"}, {"window_tokens": 0}, {"warmup_tokens": 1.5}],
+    [
+        {"trust_radius": -0.1},
+        {"plasticity_rate": float("nan")},
+        {"rule": "other"},
+        {"window_tokens": 0},
+        {"warmup_tokens": 1.5},
+    ],
 )
 def test_settings_outside_their_range_are_refused_by_name(wrong: dict[str, object]) -> None:
     with pytest.raises(InvalidConfig, match=next(iter(wrong))):

@@ -1,0 +1,153 @@
+"""The key space in numbers, for people and for metrics: where each key is, how loaded each expert. Changes nothing.
+
+M experts, D key size.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from keystore.errors import KeyVersionUnavailable
+from keystore.projection import layer_drift, min_pairwise_distance
+from keystore.records import Float32Array, ScopeId
+from keystore.snapshot import KeySnapshot
+from keystore.store import KeyStore
+from server.registry import Endpoint
+
+IDLE_SHARE = 0.1  # of a fair share
+ROWS_AT_ONCE = 256  # bounds the scratch of a distance search to 256 * M * 8 bytes
+READINGS_KEPT = 256
+
+SortField = Literal["expert", "usage", "drift", "norm", "distance"]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerReading:
+    """One layer of one version. Drift as a fraction of the trust radius."""
+
+    drift_max: float
+    drift_mean: float
+    moved: int
+    min_distance: float
+
+
+class DriftReadings:
+    """Readings of versions, each computed once: a version never changes. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[str, Mapping[int, LayerReading]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def of(self, store: KeyStore, view: KeySnapshot) -> Mapping[int, LayerReading]:
+        with self._lock:
+            known = self._known.get(view.checksum)
+        if known is not None:
+            return known
+        made = read_layers(store, view)
+        with self._lock:
+            self._known[view.checksum] = made
+            while len(self._known) > READINGS_KEPT:
+                self._known.popitem(last=False)
+        return made
+
+
+def read_layers(store: KeyStore, view: KeySnapshot) -> Mapping[int, LayerReading]:
+    """Every layer of a version, measured against the anchors."""
+    anchors, radius = anchors_of(store), store.gravity.trust_radius
+    readings: dict[int, LayerReading] = {}
+    for layer, keys in view.keys.items():
+        drift = layer_drift(anchors[layer], keys, radius)
+        closest = min_pairwise_distance(keys) if len(keys) > 1 else 0.0
+        readings[layer] = LayerReading(drift.max, drift.mean, drift.moved, closest)
+    return readings
+
+
+def anchors_of(store: KeyStore) -> Mapping[int, Float32Array]:
+    """Where the keys of every layer started."""
+    return store.view(ScopeId("anchor")).keys
+
+
+def moved_experts(store: KeyStore, view: KeySnapshot) -> dict[int, list[int]] | None:
+    """Experts whose keys differ from the parent version's, by layer; None when the parent is no longer kept."""
+    if view.parent is None:
+        return {}
+    try:
+        before = store.view(view.scope, view.parent).keys
+    except KeyVersionUnavailable:
+        return None
+    changed = {layer: (before[layer] != keys).any(axis=1) for layer, keys in view.keys.items()}
+    return {layer: np.flatnonzero(rows).tolist() for layer, rows in changed.items() if rows.any()}
+
+
+def nearest_neighbours(
+    keys: Float32Array, expert_ids: Sequence[int]
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """For some experts the closest other key and its Euclidean distance; -1 and 0 where there is no other."""
+    nearest = np.full(len(expert_ids), -1, dtype=np.int64)
+    distances = np.zeros(len(expert_ids))
+    if len(keys) < 2:
+        return nearest, distances
+    wide = keys.astype(np.float64)
+    squared = (wide**2).sum(axis=1)
+    for first in range(0, len(expert_ids), ROWS_AT_ONCE):
+        rows = np.asarray(expert_ids[first : first + ROWS_AT_ONCE])
+        away = squared - 2.0 * (wide[rows] @ wide.T)  # (rows, M), short of each row's own square
+        away[np.arange(len(rows)), rows] = np.inf
+        closest = away.argmin(axis=1)
+        nearest[first : first + len(rows)] = closest
+        distances[first : first + len(rows)] = np.linalg.norm(wide[rows] - wide[closest], axis=1)
+    return nearest, distances
+
+
+def routed_tokens(endpoint: Endpoint, layer: int, expert_tokens: NDArray[np.int64]) -> int:
+    """Tokens that a layer routed, from what its experts got: each token goes to K of them."""
+    block = endpoint.runner.engine.variants[endpoint.name].blocks[layer]
+    return int(expert_tokens.sum()) // block.config.num_experts_per_tok
+
+
+def idle_experts(load: NDArray[np.int64]) -> int:
+    """Experts with less than a tenth of a fair share; none before anything was routed."""
+    total = int(load.sum())
+    return int((load < IDLE_SHARE * total / len(load)).sum()) if total else 0
+
+
+def usage_share(load: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Each expert's share of a layer's load."""
+    return load / max(1, int(load.sum()))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerColumns:
+    """Per-expert numbers of one layer of one version, (M,) each."""
+
+    usage: NDArray[np.int64]  # (phases, M)
+    share: NDArray[np.float64]
+    drift: NDArray[np.float64]  # relative to the anchor's norm
+    drift_of_radius: NDArray[np.float64]
+    norm: NDArray[np.float64]
+
+
+def layer_columns(endpoint: Endpoint, store: KeyStore, view: KeySnapshot, layer: int) -> LayerColumns:
+    """Usage is the endpoint's since its start, whoever asked; the rest is the version's."""
+    keys = view.keys_of(layer)
+    drift = layer_drift(anchors_of(store)[layer], keys, store.gravity.trust_radius)
+    assert endpoint.usage is not None, endpoint.name
+    usage = endpoint.usage.counts[:, endpoint.usage.layers.index(layer)].copy()
+    norm = np.linalg.norm(keys.astype(np.float64), axis=1)
+    return LayerColumns(usage, usage_share(usage.sum(axis=0)), drift.relative, drift.of_radius, norm)
+
+
+def ranked_experts(columns: LayerColumns, keys: Float32Array, sort: SortField, *, falling: bool) -> list[int]:
+    """Expert ids in the order asked for; equal ones by rising id."""
+    count = len(columns.share)
+    if sort == "distance":
+        _, by = nearest_neighbours(keys, range(count))
+    else:
+        values = {"usage": columns.share, "drift": columns.drift, "norm": columns.norm, "expert": np.arange(count)}
+        by = values[sort].astype(np.float64)
+    return np.lexsort((np.arange(count), -by if falling else by)).tolist()

@@ -1,0 +1,71 @@
+"""Why a request is refused before any engine sees it. What HTTP makes of each is in `server.errors`.
+
+Refusal
+├── InvalidRequest        a field of the body, the query or the path is not what it must be
+│   └── InvalidType       it is not even of the right type
+├── UnsupportedParameter  a field that is unknown, or known and not offered
+├── MalformedBody         the body is no JSON, or JSON of an absurd shape
+├── Unauthenticated       no API key, or an unknown one
+├── Forbidden             the API key does not allow this
+├── NotFound              nothing of that name is here
+├── BodyTooLarge          more bytes than a body may have
+├── BodyTooSlow           the body did not arrive in time
+├── UnsupportedMediaType  the body is not declared as JSON
+└── NotServing            the server cannot answer now; the message says why
+"""
+
+
+class Refusal(Exception):
+    """Root of the refusals. `param` names the field at fault, as a path from the body's root."""
+
+    def __init__(self, message: str, param: str | None = None):
+        super().__init__(message)
+        self.param = param
+
+
+class InvalidRequest(Refusal):
+    """A value outside what is allowed."""
+
+
+class InvalidType(InvalidRequest):
+    """A value of another type than the field's."""
+
+
+class UnsupportedParameter(Refusal):
+    """A field that has no meaning here, which is never ignored."""
+
+
+class MalformedBody(Refusal):
+    """The body cannot be read as JSON."""
+
+
+class Unauthenticated(Refusal):
+    """The request does not say who it is from, or says it wrongly."""
+
+
+class Forbidden(Refusal):
+    """Known, but not allowed."""
+
+
+class NotFound(Refusal):
+    """No such thing."""
+
+
+class BodyTooLarge(Refusal):
+    """The limit is in the message."""
+
+
+class BodyTooSlow(Refusal):
+    """The deadline is in the message."""
+
+
+class UnsupportedMediaType(Refusal):
+    """Only application/json is read."""
+
+
+class NotServing(Refusal):
+    """Hung, draining or not started."""
+
+    def __init__(self, message: str, *, draining: bool = False):
+        super().__init__(message)
+        self.draining = draining

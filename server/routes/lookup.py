@@ -1,0 +1,47 @@
+"""From names in a request to parts of the server, and who may see which scope."""
+
+from keystore.errors import InvalidConfig
+from keystore.records import ScopeId
+from server.exchange import Caller
+from server.refusals import Forbidden, InvalidRequest, NotFound
+from server.registry import Endpoint, Plasticity, Registry, UnknownEndpoint
+
+
+def served_endpoint(registry: Registry, in_path: str | None, in_body: str | None) -> Endpoint:
+    """The endpoint of the path, or else of the body; both must agree. Raises UnknownEndpoint, InvalidRequest."""
+    if in_path is not None:
+        endpoint = registry.get(in_path)
+        if in_body not in (None, in_path):
+            raise UnknownEndpoint(f"this path serves the model {in_path!r} only; leave 'model' out or name it")
+        return endpoint
+    if in_body is None:
+        raise InvalidRequest("model is required", "model")
+    return registry.get(in_body)
+
+
+def routing_keys_of(registry: Registry, name: str) -> tuple[Endpoint, Plasticity]:
+    """An endpoint that has routing keys. Raises UnknownEndpoint, NotFound."""
+    endpoint = registry.get(name)
+    if endpoint.plasticity is None:
+        raise NotFound(f"the endpoint {name!r} has no routing keys")
+    return endpoint, endpoint.plasticity
+
+
+def visible_scope(caller: Caller, scope: str | None, session_id: str | None = None) -> ScopeId:
+    """The scope that is asked for, the caller's tenant by default. Raises InvalidRequest, Forbidden."""
+    if scope is not None and session_id is not None:
+        raise InvalidRequest("give either 'scope' or 'session_id'", "scope")
+    if session_id is not None:
+        return named_scope(f"session:{caller.tenant}/{session_id}", "session_id")
+    found = named_scope(scope, "scope") if scope is not None else ScopeId("tenant", caller.tenant)
+    if caller.level != "admin" and found.kind != "anchor" and found.tenant != caller.tenant:
+        raise Forbidden("this API key may only see the scopes of its own tenant")
+    return found
+
+
+def named_scope(text: str, param: str) -> ScopeId:
+    """Raises InvalidRequest."""
+    try:
+        return ScopeId.parse(text)
+    except InvalidConfig as error:
+        raise InvalidRequest(str(error), param) from error

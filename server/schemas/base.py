@@ -1,0 +1,55 @@
+"""What every body has in common: strict types, null means default, unknown fields are errors, never ignored."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from keystore.errors import InvalidConfig
+from keystore.records import ScopeId
+from server.refusals import UnsupportedParameter
+
+MAX_VERSION = 2**53  # what a JSON number can hold in every client
+
+
+def _session_name(name: str) -> str:
+    try:
+        ScopeId("session", "any", name)
+    except InvalidConfig as error:
+        raise ValueError(str(error)) from error
+    return name
+
+
+Name = Annotated[str, Field(min_length=1, max_length=256)]
+SessionId = Annotated[str, AfterValidator(_session_name)]
+ScopeName = Annotated[str, Field(min_length=1, max_length=300)]
+KeyVersion = Annotated[int, Field(ge=0, le=MAX_VERSION)]
+
+
+class Body(BaseModel):
+    """A request body. `neutral` lists known fields that are not offered, with the values that change nothing."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
+
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}  # Any: JSON values
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_says_nothing(cls, data: Any) -> Any:  # Any: JSON, checked by the fields afterwards
+        if not isinstance(data, dict):
+            return data
+        given: dict[str, Any] = data
+        kept: dict[str, Any] = {}
+        for name, value in given.items():
+            if name in cls.neutral:
+                _check_neutral(name, value, cls.neutral[name])
+            elif value is not None or name not in cls.model_fields:
+                kept[name] = value
+        return kept
+
+
+def _check_neutral(name: str, value: Any, allowed: tuple[Any, ...]) -> None:  # Any: JSON values
+    if value is None or any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in allowed):
+        return
+    shown = " or ".join(repr(each) for each in allowed) or "null"
+    raise UnsupportedParameter(f"{name!r} is not supported; leave it out or send {shown}", name)

@@ -1,0 +1,66 @@
+"""POST /v1/completions."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
+
+from pydantic import PlainValidator
+
+from server.refusals import InvalidRequest, InvalidType
+from server.schemas import neutral
+from server.schemas.generation import GenerationBody
+
+DEFAULT_MAX_TOKENS = 16  # OpenAI's
+MAX_PROMPTS = 64
+
+Prompt = str | tuple[int, ...]
+FORMS = "a string, a list of strings, a list of token ids or a list of lists of token ids"
+
+
+def _read_prompts(value: Any) -> tuple[Prompt, ...]:  # Any: JSON
+    """One of the four forms as a tuple of prompts. Stops at the first fault: a list may be very long."""
+    if isinstance(value, str):
+        return (_text(value, "prompt"),)
+    if not isinstance(value, list):
+        raise InvalidType(f"prompt must be {FORMS}", "prompt")
+    items: list[Any] = value
+    if not items:
+        raise InvalidRequest("prompt is empty; allowed: at least one token", "prompt")
+    if isinstance(items[0], int) and not isinstance(items[0], bool):
+        return (_token_ids(items, "prompt"),)
+    if len(items) > MAX_PROMPTS:
+        raise InvalidRequest(f"prompt is a list of {len(items)} prompts; allowed: {MAX_PROMPTS}", "prompt")
+    return tuple(_one_of_many(item, f"prompt.{i}", type(items[0])) for i, item in enumerate(items))
+
+
+def _one_of_many(item: Any, param: str, kind: type) -> Prompt:  # Any: JSON
+    if isinstance(item, str) and kind is str:
+        return _text(item, param)
+    if isinstance(item, list) and kind is list:
+        return _token_ids(item, param)
+    raise InvalidType(f"prompt must be {FORMS}", param)
+
+
+def _text(text: str, param: str) -> str:
+    if not text:
+        raise InvalidRequest(f"{param} is empty; allowed: at least one token", param)
+    return text
+
+
+def _token_ids(items: list[Any], param: str) -> tuple[int, ...]:  # Any: JSON
+    if not items:
+        raise InvalidRequest(f"{param} is empty; allowed: at least one token", param)
+    for i, item in enumerate(items):
+        if not isinstance(item, int) or isinstance(item, bool):
+            raise InvalidType(f"{param}.{i} must be a token id, a whole number", f"{param}.{i}")
+    return tuple(items)
+
+
+class CompletionBody(GenerationBody):
+    """Text that goes on where the prompt ends."""
+
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = neutral.COMPLETION  # Any: JSON values
+
+    prompt: Annotated[
+        tuple[Prompt, ...],
+        PlainValidator(_read_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
+    ]

@@ -1,0 +1,84 @@
+"""The fields that completions and chat completions share, and what they become inside the server."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from model.sampling import SamplingParams
+from server.generation import PlasticityMode
+from server.refusals import InvalidRequest
+from server.schemas import neutral
+from server.schemas.base import Body, KeyVersion, Name, SessionId
+
+MAX_CHOICES = 8
+MAX_STOP_STRINGS = 4
+COLDEST_TEMPERATURE = 1e-3  # below, dividing logits overflows and the likeliest token is certain anyway
+MOST_TOKENS = 1_000_000
+
+
+
+def _listed(value: Any) -> Any:  # Any: JSON
+    return [value] if isinstance(value, str) else value
+
+
+StopStrings = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=1024)]],
+    Field(max_length=MAX_STOP_STRINGS),
+    BeforeValidator(_listed, json_schema_input_type=str | list[str]),
+]
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+MaxTokens = Annotated[int, Field(ge=1, le=MOST_TOKENS)]
+
+
+class StreamOptions(Body):
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = neutral.STREAM_OPTIONS  # Any: JSON values
+
+    include_usage: bool = False
+
+
+class GenerationBody(Body):
+    """How to generate, and with which keys."""
+
+    model: Name | None = None  # required unless the path names the endpoint
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
+    top_p: Annotated[float, Field(ge=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=-1, le=MOST_TOKENS)] = 0  # 0, and -1 as in vLLM: all tokens
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    stop: StopStrings = Field(default_factory=list[str])
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=128, fail_fast=True)] = Field(
+        default_factory=list[int]
+    )
+    max_tokens: MaxTokens | None = None
+    ignore_eos: bool = False
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
+    user: Annotated[str, Field(max_length=1024)] | None = None  # accepted for OpenAI's sake; says nothing here
+    session_id: SessionId | None = None
+    plasticity: PlasticityMode | None = None
+    key_version: KeyVersion | None = None
+
+    @model_validator(mode="after")
+    def _stream_options_need_a_stream(self) -> "GenerationBody":
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequest("'stream_options' is only allowed with 'stream': true", "stream_options")
+        return self
+
+    @property
+    def wants_usage_chunk(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def sampling_params(self, max_tokens: int, choice: int) -> SamplingParams:
+        """For one of the n choices of a prompt; with a seed each choice has a seed of its own."""
+        return SamplingParams(
+            max_tokens=max_tokens,
+            temperature=self.temperature if self.temperature >= COLDEST_TEMPERATURE else 0.0,
+            top_p=self.top_p,
+            top_k=max(0, self.top_k),
+            min_p=self.min_p,
+            seed=None if self.seed is None else (self.seed + choice) % 2**63,
+            stop_token_ids=frozenset(self.stop_token_ids),
+            ignore_eos=self.ignore_eos,
+        )

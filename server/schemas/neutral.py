@@ -1,0 +1,78 @@
+"""Fields of OpenAI's and vLLM's APIs that Libration does not offer, with the values under which they mean nothing.
+
+Anything else in them is refused: a client must not believe that it got what it asked for.
+"""
+
+from typing import Any
+
+Neutral = dict[str, tuple[Any, ...]]  # Any: JSON values
+
+SAMPLING: Neutral = {
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "length_penalty": (1,),
+    "logit_bias": ({},),
+    "min_tokens": (0,),
+    "use_beam_search": (False,),
+    "bad_words": ([],),
+    "allowed_token_ids": (),
+    "truncate_prompt_tokens": (),
+    "prompt_logprobs": (),
+    "include_stop_str_in_output": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "return_tokens_as_token_ids": (False,),
+    "return_token_ids": (False,),
+    "add_special_tokens": (True, False),  # this tokenizer adds none
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": ([],),
+    "guided_grammar": (),
+    "response_format": ({"type": "text"},),
+    "priority": (0,),
+    "return_routed_experts": (False,),
+    "flow_steps": (),
+}
+COMPLETION: Neutral = SAMPLING | {
+    "logprobs": (),
+    "echo": (False,),
+    "suffix": ("",),
+    "best_of": (1,),
+}
+CHAT: Neutral = SAMPLING | {
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "echo": (False,),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "store": (False,),
+    "metadata": ({},),
+    "service_tier": ("auto", "default"),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "documents": ([],),
+}
+STREAM_OPTIONS: Neutral = {"continuous_usage_stats": (False,), "include_obfuscation": (False,)}
+MESSAGE: Neutral = {
+    "name": (),
+    "tool_calls": ([],),
+    "tool_call_id": (),
+    "function_call": (),
+    "refusal": (),
+    "audio": (),
+    "annotations": ([],),
+    "reasoning_content": (),
+}
