@@ -3,17 +3,13 @@
 import json
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 from pydantic import ValidationError
-from tqdm import tqdm
 
 from server.settings import Settings, load_settings
-
-Command = TypeVar("Command", bound=Callable[..., Any])
 
 CONFIG_OPTION = click.option(
     "--config", "config_file", type=click.Path(path_type=Path), help="TOML configuration file."
@@ -95,20 +91,6 @@ def evaluate(data: Path, blocks: Path | None, data_dir: Path | None, **options: 
     from server.offline import evaluate_some  # noqa: PLC0415 - torch
 
     evaluate_some(data, blocks, _settings(None, data_dir=data_dir).data_dir, **options)
-
-
-def conversion_progress() -> Callable[[int, int], None]:
-    """A progress bar for the first conversion of the base weights; silent when nothing is converted."""
-    bar: list[tqdm[Any]] = []
-
-    def show(done: int, total: int) -> None:
-        if not bar:
-            bar.append(tqdm(total=total, desc="converting base weights (first start only)", unit="layer"))
-        bar[0].update(done - bar[0].n)
-        if done == total:
-            bar.pop().close()
-
-    return show
 
 
 def _settings(config_file: Path | None, **flags: Any) -> Settings:

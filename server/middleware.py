@@ -58,7 +58,7 @@ class RequestContext:
         except Exception as error:
             problem = problem_of(error)
             if problem.status == 500 or status:
-                logger.exception("a request failed", extra={"request_id": exchange.request_id})
+                log_failure(error, exchange)
             if not status:
                 await self._answer(problem, scope, receive, send_with_id)
         finally:
@@ -131,6 +131,11 @@ async def _linger(receive: Receive) -> None:
                     return
     except TimeoutError:
         return
+
+
+def log_failure(error: Exception, exchange: Exchange) -> None:
+    """Where an error came from, under the id that the client was told."""
+    logger.error("a request failed", exc_info=error, extra={"request_id": exchange.request_id})
 
 
 def _request_id(given: str | None) -> str:

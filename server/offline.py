@@ -12,7 +12,7 @@ from model.blocks.base import BlockConfig
 from model.checkpoints.blocks import load_blocks, shipped_folder
 from model.checkpoints.load import BaseModel, find_base_file, load_base
 from model.training.data import build, load
-from model.training.evaluate import evaluate
+from model.training.evaluate import summarize, window_losses
 from model.training.loop import TrainingConfig, train
 
 MEASURING_TOKENS = {"validation": 8_192, "heldout": 24_576}
@@ -57,17 +57,18 @@ def evaluate_some(
     model = base.transformer
     build(data, base.tokenizer, {split: MEASURING_TOKENS[split]})
     _, loaded = load_blocks(blocks or shipped_folder("some"), model.config.hidden_size)
-    results = evaluate(model, {"dense": {}, "some": loaded}, load(data, split))
+    windows = load(data, split)
+    losses = window_losses(model, {"dense": {}, "some": loaded}, windows)
+    results = [summarize(losses["dense"][d], losses["some"][d], windows[d]) for d in windows]
     if as_json:
-        click.echo(json.dumps({name: [asdict(d) for d in losses.values()] for name, losses in results.items()}))
+        click.echo(json.dumps([asdict(result) for result in results]))
         return
-    click.echo(f"{'domain':12} {'dense':>7} {'some':>7}   95 % interval    change  tokens  files")
-    for domain, base in results["dense"].items():
-        mine = results["some"][domain]
-        change = 100 * (mine.mean / base.mean - 1)
+    click.echo("| domain | dense | some | change (95 % interval) | tokens | files |\n|---|---|---|---|---|---|")
+    for result in results:
+        low, high = result.change_interval
         click.echo(
-            f"{domain:12} {base.mean:7.3f} {mine.mean:7.3f}   {mine.low:.3f} to {mine.high:.3f}  {change:+6.1f} %"
-            f"  {mine.tokens:6}  {mine.files:5}"
+            f"| {result.domain} | {losses['dense'][result.domain].mean():.3f} | {result.loss:.3f} "
+            f"| {result.change:+.1f} % ({low:+.1f} to {high:+.1f}) | {result.tokens} | {result.files} |"
         )
 
 

@@ -48,7 +48,7 @@ class DrainingServer(uvicorn.Server):
 
 
 def run(
-    app: ASGIApp, parts: Parts, host: str, port: int, drain_timeout_s: float, announce: Callable[[], None]
+    app: ASGIApp, parts: Parts, host: str, port: int, drain_timeout_s: float, announce: Callable[[int], None]
 ) -> None:
     """Serve until a signal; returns once everything is flushed and closed."""
     config = uvicorn.Config(
@@ -74,8 +74,8 @@ def run(
         sys.exit(1)  # uvicorn has logged why it could not listen
 
 
-def _announce_when_started(server: uvicorn.Server, announce: Callable[[], None]) -> None:
+def _announce_when_started(server: uvicorn.Server, announce: Callable[[int], None]) -> None:
     while not server.started and not server.should_exit:
         time.sleep(0.02)
     if server.started:
-        announce()
+        announce(server.servers[0].sockets[0].getsockname()[1])

@@ -16,9 +16,14 @@ PIECE_CHARS = 16_384
 async def encode_prompt(endpoint: Endpoint, prompt: Prompt, param: str) -> tuple[int, ...]:
     """Token ids of a prompt, or the given ones checked. Raises InvalidRequest, ContextLengthExceeded."""
     if isinstance(prompt, str):
-        return await anyio.to_thread.run_sync(_encode_text, endpoint.tokenizer, prompt, endpoint.max_model_len)
+        return await encode_text(endpoint, prompt)
     check_token_ids(prompt, endpoint.tokenizer.vocab_size, param)
     return prompt
+
+
+async def encode_text(endpoint: Endpoint, text: str) -> tuple[int, ...]:
+    """Token ids of a text. Raises ContextLengthExceeded when it is hopelessly long."""
+    return await anyio.to_thread.run_sync(_encode_text, endpoint.tokenizer, text, endpoint.max_model_len)
 
 
 async def encode_messages(endpoint: Endpoint, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
@@ -37,10 +42,7 @@ def check_token_ids(token_ids: Sequence[int], vocab_size: int, param: str) -> No
 
 def _encode_text(tokenizer: TextTokenizer, text: str, max_model_len: int) -> tuple[int, ...]:
     _refuse_hopeless(tokenizer, [text], max_model_len)
-    token_ids = tuple(tokenizer.encode(text))
-    if not token_ids:
-        raise InvalidRequest("prompt is empty; allowed: at least one token", "prompt")
-    return token_ids
+    return tuple(tokenizer.encode(text))
 
 
 def _encode_chat(

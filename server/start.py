@@ -1,0 +1,64 @@
+"""`libration serve`: everything brought together, from settings to the last answer."""
+
+import logging
+import time
+from importlib.metadata import version
+
+import click
+import torch
+
+from keystore.errors import KeyStoreError
+from model.errors import ModelError
+from server.app import create_app
+from server.auth import ApiKey, ApiKeys
+from server.build import Parts, build
+from server.logs import configure_logging
+from server.metrics import Metrics
+from server.process import run
+from server.progress import conversion_progress
+from server.settings import Settings
+from server.state import ServerState
+
+logger = logging.getLogger(__name__)
+
+
+def serve_until_signal(settings: Settings, started: float) -> None:
+    """Load, listen, and come back when a signal has ended it. `started`: monotonic time of the process's start."""
+    configure_logging()
+    metrics = Metrics()
+    try:
+        api_keys = ApiKeys(ApiKey.of(k.secret(), k.tenant, k.level) for k in settings.server.api_keys)
+        parts = build(settings, metrics.observers(), conversion_progress())
+    except (ModelError, KeyStoreError, OSError, ValueError) as error:
+        raise click.ClickException(str(error)) from error
+    metrics.watch(parts.registry, version("libration"))
+    state = ServerState(
+        registry=parts.registry,
+        metrics=metrics,
+        version=version("libration"),
+        system_fingerprint=f"libration-{version('libration')}-torch-{torch.__version__.partition('+')[0]}",
+        started_at=time.time(),
+        api_keys=api_keys,
+        degraded=lambda: _degraded(parts),
+        max_body_bytes=settings.server.max_body_bytes,
+        public_metrics=settings.server.on_loopback,
+    )
+    host, port = settings.server.host, settings.server.port
+
+    def announce(bound_port: int) -> None:
+        names = ", ".join(parts.registry.endpoints)
+        click.echo(
+            f"Libration {state.version} serves {names} on http://{host}:{bound_port}/v1 "
+            f"(ready in {time.monotonic() - started:.1f} s, data in {settings.data_dir})",
+            err=True,
+        )
+
+    run(create_app(state), parts, host, port, settings.server.drain_timeout_s, announce)
+
+
+def _degraded(parts: Parts) -> list[str]:
+    return [
+        f"key store of {name!r}: {type(endpoint.plasticity.store.last_error).__name__}"
+        for name, endpoint in parts.registry.endpoints.items()
+        if endpoint.plasticity is not None and endpoint.plasticity.store.degraded
+    ]

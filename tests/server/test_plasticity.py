@@ -1,0 +1,134 @@
+"""From traces to windows: counted in tokens, the same however the tokens came."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from keystore.backends.embedded import EmbeddedBackend
+from keystore.records import GravityConfig, ScopeId
+from keystore.store import KeyStore
+from model.blocks.base import RoutingTrace
+from server.engine.sequence import Lesson
+from server.plasticity import Teacher
+
+TENANT = ScopeId("tenant", "default")
+TOKENS = [(7 * i * i + 3 * i) % 97 for i in range(81)]
+
+
+class Recorder:
+    """Stands where the key store does and keeps what it is given."""
+
+    def __init__(self, store):
+        self._store = store
+        self.windows = []
+        self.dropped = []
+
+    def view(self, scope, version=None):
+        return self._store.view(scope, version)
+
+    def submit(self, stats):
+        self.windows.append(stats)
+        return True
+
+    def count_dropped(self, reason):
+        self.dropped.append(reason)
+
+
+@pytest.fixture
+def store(tiny, tmp_path):
+    anchors = {layer: block.anchors.numpy() for layer, block in tiny.blocks.items()}
+    store = KeyStore(
+        "tiny",
+        anchors,
+        GravityConfig(),
+        EmbeddedBackend(tmp_path / "keys.sqlite3"),
+        num_experts_per_tok=2,
+        plastic_layers=[1, 2],
+    )
+    yield store
+    store.close()
+
+
+def lessons(tiny, chunks):
+    """The text read in chunks of the given sizes, each a lesson."""
+    segment = tiny.segment(TOKENS)
+    at = 0
+    for size in chunks:
+        trace = RoutingTrace(frozenset({1, 2}))
+        hidden = tiny.model.step([replace(segment, token_ids=TOKENS[at : at + size], start=at, trace=trace)])
+        targets = torch.tensor(TOKENS[at + 1 : at + 1 + size])
+        yield Lesson(None, trace, hidden[: len(targets)], targets)
+        at += size
+
+
+def windows_of(tiny, store, chunks, **config):
+    recorder = Recorder(store)
+    teacher = Teacher(tiny.model, recorder, GravityConfig(window_tokens=32, **config), 8)
+    for lesson in lessons(tiny, chunks):
+        teacher.take(TENANT, lesson)
+    return recorder, teacher
+
+
+@pytest.mark.parametrize("rule", ["direct", "literal"])
+def test_windows_do_not_depend_on_how_the_prompt_was_chunked(tiny, store, rule):
+    whole, _ = windows_of(tiny, store, [80], rule=rule)
+    pieces, _ = windows_of(tiny, store, [3, 29, 1, 40, 7], rule=rule)
+    assert [w.tokens for w in whole.windows] == [w.tokens for w in pieces.windows] == [32, 32]
+    for one, other in zip(whole.windows, pieces.windows, strict=True):
+        for layer in (1, 2):
+            assert np.array_equal(one.layers[layer].events, other.layers[layer].events)
+            np.testing.assert_allclose(
+                one.layers[layer].weighted_queries, other.layers[layer].weighted_queries, atol=1e-3
+            )
+
+
+def test_what_does_not_fill_a_window_waits_for_the_flush(tiny, store):
+    recorder, teacher = windows_of(tiny, store, [80])
+    assert len(recorder.windows) == 2
+    teacher.flush()
+    assert [w.tokens for w in recorder.windows] == [32, 32, 16]
+    teacher.flush()
+    assert len(recorder.windows) == 3
+
+
+def test_the_literal_rule_counts_and_sums_plain_queries(tiny, store):
+    recorder, _ = windows_of(tiny, store, [80], rule="literal")
+    trace = next(lessons(tiny, [32])).trace.by_layer[1]
+    stats = recorder.windows[0].layers[1]
+    assert np.array_equal(stats.weights, stats.events)
+    expert = int(trace.expert_ids[0, 0])
+    selected = (trace.expert_ids == expert).any(1)
+    np.testing.assert_allclose(
+        stats.weighted_queries[expert], trace.queries[selected].sum(0).numpy(), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_queries_that_are_not_finite_are_dropped_and_counted(tiny, store):
+    recorder = Recorder(store)
+    teacher = Teacher(tiny.model, recorder, GravityConfig(window_tokens=32), 8)
+    for lesson in lessons(tiny, [40]):
+        lesson.trace.by_layer[1].queries = torch.full((40, 16), float("nan"))
+        teacher.take(TENANT, lesson)
+    assert (recorder.windows, recorder.dropped) == ([], ["non_finite"])
+
+
+def test_moving_along_credit_lowers_the_loss_of_the_text_that_taught(tiny, store):
+    """The whole path: credit from the trace, a window, gravity, a new version that predicts the text better."""
+    teacher = Teacher(tiny.model, store, GravityConfig(window_tokens=80), 8)
+    segment = tiny.segment(TOKENS)
+
+    def loss(keys):
+        logits = tiny.model.logits(tiny.model.step([replace(segment, token_ids=TOKENS[:80], keys=keys)]))
+        return float(torch.nn.functional.cross_entropy(logits, torch.tensor(TOKENS[1:])))
+
+    before = loss(store.view(TENANT))
+    for _ in range(10):
+        trace = RoutingTrace(frozenset({2}))
+        keys = store.view(TENANT)
+        hidden = tiny.model.step([replace(segment, token_ids=TOKENS[:80], keys=keys, trace=trace)])
+        teacher.take(TENANT, Lesson(None, trace, hidden, torch.tensor(TOKENS[1:])))
+        store.consolidate_once()
+    assert store.view(TENANT).version > 0
+    assert loss(store.view(TENANT)) < before
