@@ -258,7 +258,7 @@ def scale_queries(queries: Float32Array, target_norm: float) -> Float32Array:
     """Each query (T, D) at length `target_norm`, the layer's mean anchor norm; a zero query stays zero."""
     wide = queries.astype(np.float64)
     norms = _norms(wide)[:, None]
-    return np.divide(wide * target_norm, norms, out=np.zeros_like(wide), where=norms > 0).astype(np.float32)
+    return np.divide(wide * target_norm, norms, out=np.zeros_like(wide), where=norms != 0).astype(np.float32)
 
 
 def _norms(rows: Float32Array | Float64Array) -> Float64Array:

@@ -1,6 +1,6 @@
 """Who a request is from and what it may do. Attached in front of the router, so no route can forget it.
 
-Keys are kept as SHA-256 digests: they are random, so a slow hash would protect nothing and cost every request.
+Keys are kept as SHA-256 digests: they are random, so a slow hash would protect nothing.
 """
 
 import hashlib

@@ -35,9 +35,7 @@ class Problem:
     headers: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def body(self) -> dict[str, Any]:  # Any: JSON
-        return {
-            "error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
-        }
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
     def response(self) -> Response:
         content = orjson.dumps(self.body())
@@ -45,7 +43,10 @@ class Problem:
 
 
 INTERNAL = Problem(
-    500, "server_error", "internal_error", "the server failed to answer; its log has the cause under the request id"
+    500,
+    "server_error",
+    "internal_error",
+    "the server failed to answer; its log has the cause under the request id",
 )
 
 
@@ -114,7 +115,7 @@ def _completed(error: Exception, problem: Problem) -> Problem:
 
 
 def _param_of(error: Exception) -> str | None:
-    if isinstance(error, refusals.Refusal):
+    if isinstance(error, refusals.RequestError):
         return error.param
     return next((name for kind, name in PARAMS.items() if isinstance(error, kind)), None)
 
@@ -132,7 +133,9 @@ def _of_validation(faults: Sequence[Any]) -> Problem:  # Any: pydantic's error d
     if kind == "extra_forbidden":
         return replace(_invalid("unsupported_parameter"), message=f"unknown parameter {param!r}", param=param)
     if kind == "missing":
-        return replace(_invalid("invalid_value"), message=f"{param or 'a JSON body'} is required", param=param)
+        return replace(
+            _invalid("invalid_value"), message=f"{param or 'a JSON body'} is required", param=param
+        )
     code = "invalid_type" if kind.endswith(("_type", "_parsing")) else "invalid_value"
     message = str(fault["msg"]).removeprefix("Value error, ")
     return replace(_invalid(code), message=f"{param or 'the body'}: {message}", param=param)

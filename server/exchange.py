@@ -1,4 +1,4 @@
-"""One request and its answer as the server's own parts see them: its id, its caller, what the log will say."""
+"""One request and its answer as the server's parts see them: its id, its caller, what the log will say."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -24,7 +24,9 @@ class Exchange:
 
     request_id: str
     caller: Caller | None = None  # None until the API key has been checked
-    facts: dict[str, str | int] = field(default_factory=dict[str, str | int])  # for the access log, never text
+    facts: dict[str, str | int] = field(
+        default_factory=dict[str, str | int]
+    )  # for the access log, never text
 
     @staticmethod
     def of(scope: Scope) -> "Exchange":

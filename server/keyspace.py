@@ -1,4 +1,4 @@
-"""The key space in numbers, for people and for metrics: where each key is, how loaded each expert. Changes nothing.
+"""The key space in numbers, for people and metrics: where each key is, how loaded each expert.
 
 M experts, D key size.
 """
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keystore.errors import KeyVersionUnavailable
-from keystore.projection import layer_drift, min_pairwise_distance
+from keystore.projection import LoadBalance, layer_drift, load_balance, min_pairwise_distance
 from keystore.records import Float32Array, ScopeId
 from keystore.snapshot import KeySnapshot
 from keystore.store import KeyStore
@@ -73,7 +73,7 @@ def anchors_of(store: KeyStore) -> Mapping[int, Float32Array]:
 
 
 def moved_experts(store: KeyStore, view: KeySnapshot) -> dict[int, list[int]] | None:
-    """Experts whose keys differ from the parent version's, by layer; None when the parent is no longer kept."""
+    """Experts whose keys differ from the parent version's, by layer; None when that is no longer kept."""
     if view.parent is None:
         return {}
     try:
@@ -121,6 +121,13 @@ def usage_share(load: NDArray[np.int64]) -> NDArray[np.float64]:
     return load / max(1, int(load.sum()))
 
 
+def load_of_layer(endpoint: Endpoint, layer: int) -> tuple[NDArray[np.int64], LoadBalance]:
+    """Tokens per expert (M,) of both phases, and how even they are."""
+    assert endpoint.usage is not None, endpoint.name
+    load: NDArray[np.int64] = endpoint.usage.counts[:, endpoint.usage.layers.index(layer)].sum(axis=0)
+    return load, load_balance(load.astype(np.float32))
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerColumns:
     """Per-expert numbers of one layer of one version, (M,) each."""
@@ -144,10 +151,17 @@ def layer_columns(endpoint: Endpoint, store: KeyStore, view: KeySnapshot, layer:
 
 def ranked_experts(columns: LayerColumns, keys: Float32Array, sort: SortField, *, falling: bool) -> list[int]:
     """Expert ids in the order asked for; equal ones by rising id."""
-    count = len(columns.share)
-    if sort == "distance":
-        _, by = nearest_neighbours(keys, range(count))
-    else:
-        values = {"usage": columns.share, "drift": columns.drift, "norm": columns.norm, "expert": np.arange(count)}
-        by = values[sort].astype(np.float64)
-    return np.lexsort((np.arange(count), -by if falling else by)).tolist()
+    expert_ids = np.arange(len(keys))
+    by: NDArray[np.float64]
+    match sort:
+        case "distance":
+            _, by = nearest_neighbours(keys, range(len(keys)))
+        case "expert":
+            by = expert_ids.astype(np.float64)
+        case "usage":
+            by = columns.share
+        case "drift":
+            by = columns.drift
+        case "norm":
+            by = columns.norm
+    return np.lexsort((expert_ids, -by if falling else by)).tolist()

@@ -1,4 +1,4 @@
-"""Logs: one JSON object a line on standard error. Ids, counts and timings; never a prompt, an answer or an API key."""
+"""Logs: one JSON object a line. Ids, counts and timings; never a prompt, an answer or an API key."""
 
 import logging
 import sys
@@ -15,8 +15,9 @@ class JsonLines(logging.Formatter):
     """A record and whatever was passed as `extra`."""
 
     def format(self, record: logging.LogRecord) -> str:
+        second = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         line: dict[str, Any] = {  # Any: whatever `extra` holds
-            "time": f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(record.created))}.{record.msecs:03.0f}Z",
+            "time": f"{second}.{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),

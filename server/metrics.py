@@ -1,4 +1,4 @@
-"""Every metric of the server, by name. Engines, key stores and usage are read when Prometheus asks, not per token.
+"""Every metric of the server, by name. Engines, key stores and usage are read when Prometheus asks.
 
 Labels are bounded: endpoints, layers, experts and words from fixed lists; never ids, tenants or text.
 """
@@ -31,8 +31,12 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self._duration = self._histogram("request_duration_seconds", "From arrival to the last token.", SECONDS)
-        self._first = self._histogram("time_to_first_token_seconds", "From arrival to the first token.", SECONDS)
+        self._duration = self._histogram(
+            "request_duration_seconds", "From arrival to the last token.", SECONDS
+        )
+        self._first = self._histogram(
+            "time_to_first_token_seconds", "From arrival to the first token.", SECONDS
+        )
         self._between = self._histogram("inter_token_latency_seconds", "Between two tokens.", FINE_SECONDS)
         self._queued = self._histogram("queue_time_seconds", "From arrival to admission.", SECONDS)
         self._rejected = Counter(
@@ -197,9 +201,7 @@ def _learning(plastic: dict[str, Plasticity]) -> Iterable[Metric]:
     return updates, dropped, duration, lag, degraded
 
 
-def _add_usage(
-    families: tuple[Metric, ...], name: str, endpoint: Endpoint, usage: ExpertUsage
-) -> None:
+def _add_usage(families: tuple[Metric, ...], name: str, endpoint: Endpoint, usage: ExpertUsage) -> None:
     expert_tokens, layer_tokens, imbalance, jain, entropy, idle = families
     counts: NDArray[np.int64] = usage.counts.copy()  # (phases, layers, experts)
     in_detail = counts[0].size <= EXPERT_DETAIL_LIMIT

@@ -1,4 +1,4 @@
-"""What happens around every request: an id, limits on the body, one log line, and errors as JSON. Plain ASGI."""
+"""What happens around every request: an id, limits on the body, a log line, errors as JSON. Plain ASGI."""
 
 import asyncio
 import logging
@@ -24,7 +24,7 @@ access = logging.getLogger("server.access")
 logger = logging.getLogger(__name__)
 
 
-class ClientLeft(Exception):
+class ClientLeft(ConnectionError):
     """Nobody is left to answer."""
 
 
@@ -55,7 +55,7 @@ class RequestContext:
             await self._app(scope, receive, send_with_id)
         except ClientLeft:
             status = status or CLIENT_CLOSED
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - the last resort: answered, logged, counted
             problem = problem_of(error)
             if problem.status == 500 or status:
                 log_failure(error, exchange)
@@ -120,7 +120,7 @@ class BodyLimit:
 
 
 async def _linger(receive: Receive) -> None:
-    """Read and drop the rest of a refused body: closing on a client that still sends would lose the answer."""
+    """Read and drop the rest of a refused body: to close on a client that still sends loses the answer."""
     dropped = 0
     try:
         async with asyncio.timeout(LINGER_S):

@@ -11,11 +11,13 @@ import torch
 from model.blocks.base import BlockConfig
 from model.checkpoints.blocks import load_blocks, shipped_folder
 from model.checkpoints.load import BaseModel, find_base_file, load_base
-from model.training.data import build, load
+from model.training.chat import conversations
+from model.training.data import build, load, save
 from model.training.evaluate import summarize, window_losses
 from model.training.loop import TrainingConfig, train
 
 MEASURING_TOKENS = {"validation": 8_192, "heldout": 24_576}
+CHAT_MEASURING_TOKENS = 6_144
 SOME_BLOCKS = BlockConfig(
     kind="some",
     layers=(17, 21, 25, 29),
@@ -34,18 +36,22 @@ def train_variant(
     data: Path,
     data_dir: Path,
     *,
+    initial: Path | None,
     tokens_per_domain: int,
+    chat_tokens: int,
     epochs: int,
     learning_rate: float,
     threads: int,
 ) -> None:
-    """Train fresh blocks, or resume `run`; the result is `run/blocks`."""
+    """Train fresh blocks or those in `initial`, or resume `run`; the result is `run/blocks`."""
     assert variant == SOME_BLOCKS.kind, variant
     base = _open_base(data_dir, threads)
-    model = base.transformer
-    build(data, base.tokenizer, {**MEASURING_TOKENS, "train": tokens_per_domain})
+    build(data, base.tokenizer, {"train": tokens_per_domain})
+    _build_chat(base, data, "train", chat_tokens)
+    start = load_blocks(initial, SOME_BLOCKS.hidden_size)[1] if initial else None
     config = TrainingConfig(epochs=epochs, learning_rate=learning_rate)
-    train(model, SOME_BLOCKS, config, load(data, "train"), run, data / f"layer-{SOME_BLOCKS.layers[0]}.u16")
+    cache = data / f"layer-{SOME_BLOCKS.layers[0]}.u16"
+    train(base.transformer, SOME_BLOCKS, config, load(data, "train"), run, cache, start)
     click.echo(f"trained blocks are in {run / 'blocks'}")
 
 
@@ -54,11 +60,12 @@ def evaluate_some(
 ) -> None:
     """Print the loss of every domain with and without the blocks."""
     base = _open_base(data_dir, threads)
-    model = base.transformer
     build(data, base.tokenizer, {split: MEASURING_TOKENS[split]})
-    _, loaded = load_blocks(blocks or shipped_folder("some"), model.config.hidden_size)
+    if split == "heldout":
+        _build_chat(base, data, split, CHAT_MEASURING_TOKENS)
+    _, loaded = load_blocks(blocks or shipped_folder("some"), base.transformer.config.hidden_size)
     windows = load(data, split)
-    losses = window_losses(model, {"dense": {}, "some": loaded}, windows)
+    losses = window_losses(base.transformer, {"dense": {}, "some": loaded}, windows)
     results = [summarize(losses["dense"][d], losses["some"][d], windows[d]) for d in windows]
     if as_json:
         click.echo(json.dumps([asdict(result) for result in results]))
@@ -70,6 +77,11 @@ def evaluate_some(
             f"| {result.domain} | {losses['dense'][result.domain].mean():.3f} | {result.loss:.3f} "
             f"| {result.change:+.1f} % ({low:+.1f} to {high:+.1f}) | {result.tokens} | {result.files} |"
         )
+
+
+def _build_chat(base: BaseModel, data: Path, split: str, tokens: int) -> None:
+    if tokens and not (data / f"chat-{split}.npz").is_file():
+        save(data, split, conversations(base.transformer, base.tokenizer, split, tokens))
 
 
 def _open_base(data_dir: Path, threads: int) -> BaseModel:

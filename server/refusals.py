@@ -1,6 +1,6 @@
 """Why a request is refused before any engine sees it. What HTTP makes of each is in `server.errors`.
 
-Refusal
+RequestError
 ├── InvalidRequest        a field of the body, the query or the path is not what it must be
 │   └── InvalidType       it is not even of the right type
 ├── UnsupportedParameter  a field that is unknown, or known and not offered
@@ -15,15 +15,15 @@ Refusal
 """
 
 
-class Refusal(Exception):
-    """Root of the refusals. `param` names the field at fault, as a path from the body's root."""
+class RequestError(Exception):
+    """Root of these errors. `param` names the field at fault, as a path from the body's root."""
 
     def __init__(self, message: str, param: str | None = None):
         super().__init__(message)
         self.param = param
 
 
-class InvalidRequest(Refusal):
+class InvalidRequest(RequestError):
     """A value outside what is allowed."""
 
 
@@ -31,39 +31,39 @@ class InvalidType(InvalidRequest):
     """A value of another type than the field's."""
 
 
-class UnsupportedParameter(Refusal):
+class UnsupportedParameter(RequestError):
     """A field that has no meaning here, which is never ignored."""
 
 
-class MalformedBody(Refusal):
+class MalformedBody(RequestError):
     """The body cannot be read as JSON."""
 
 
-class Unauthenticated(Refusal):
+class Unauthenticated(RequestError):
     """The request does not say who it is from, or says it wrongly."""
 
 
-class Forbidden(Refusal):
+class Forbidden(RequestError):
     """Known, but not allowed."""
 
 
-class NotFound(Refusal):
+class NotFound(RequestError):
     """No such thing."""
 
 
-class BodyTooLarge(Refusal):
+class BodyTooLarge(RequestError):
     """The limit is in the message."""
 
 
-class BodyTooSlow(Refusal):
+class BodyTooSlow(RequestError):
     """The deadline is in the message."""
 
 
-class UnsupportedMediaType(Refusal):
+class UnsupportedMediaType(RequestError):
     """Only application/json is read."""
 
 
-class NotServing(Refusal):
+class NotServing(RequestError):
     """Hung, draining or not started."""
 
     def __init__(self, message: str, *, draining: bool = False):

@@ -26,7 +26,7 @@ class PlasticityUnavailable(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Plasticity:
-    """The moving part of an endpoint: its key store, who turns prompts into statistics, what is the default."""
+    """The moving part of an endpoint: its key store, what turns prompts into statistics, the default mode."""
 
     store: KeyStore
     teacher: Teacher
@@ -61,6 +61,15 @@ class Endpoint:
         self.runner.submit(*(sequence for sequence, _ in made))
         return [generation for _, generation in made]
 
+    def start_watched(
+        self, request: GenerationRequest, keys: KeyView, watch: Callable[[Lesson], None]
+    ) -> Generation:
+        """Queue a request that reads `keys`; its prompt's routing goes to `watch`, on the engine's thread."""
+        sequence, generation = self._prepare(request)
+        sequence.keys, sequence.teach = keys, watch
+        self.runner.submit(sequence)
+        return generation
+
     def _prepare(self, request: GenerationRequest) -> tuple[Sequence, Generation]:
         prompt, wanted = len(request.prompt_token_ids), request.params.max_tokens
         if prompt + wanted > self.max_model_len:
@@ -72,7 +81,7 @@ class Endpoint:
             prompt_token_ids=request.prompt_token_ids,
             params=request.params,
             endpoint=self.name,
-            variant=None if self.variant == "dense" else self.variant,
+            variant=None if self.variant == "dense" else self.name,
             keys=keys,
             teach=teach,
             deliver=mailbox.put,
@@ -120,5 +129,7 @@ class Registry:
         """Raises UnknownEndpoint, naming what there is."""
         endpoint = self.endpoints.get(name)
         if endpoint is None:
-            raise UnknownEndpoint(f"the model {name!r} does not exist; available: {', '.join(self.endpoints)}")
+            raise UnknownEndpoint(
+                f"the model {name!r} does not exist; available: {', '.join(self.endpoints)}"
+            )
         return endpoint

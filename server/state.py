@@ -1,7 +1,7 @@
 """What every route may ask for, handed to the application once."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from starlette.requests import Request
 
@@ -23,7 +23,7 @@ class ServerState:
     version: str
     system_fingerprint: str
     started_at: float  # unix seconds
-    api_keys: ApiKeys = ApiKeys()
+    api_keys: ApiKeys = field(default_factory=ApiKeys)
     degraded: Callable[[], list[str]] = _none_degraded  # what else works badly, in words; shown by readiness
     max_body_bytes: int = 2 * 1024 * 1024
     receive_timeout_s: float = 10.0

@@ -98,16 +98,17 @@ class Tiny:
         return self.model.logits(torch.cat(rows))
 
 
-def make_tiny(dtype: torch.dtype) -> Tiny:
-    model = assemble(TINY, random_weights(TINY, dtype))
+def make_tiny(dtype: torch.dtype, **sizes: int) -> Tiny:
+    config = replace(TINY, **sizes)
+    model = assemble(config, random_weights(config, dtype))
     blocks = trained_blocks()
     usage = ExpertUsage(TINY_BLOCKS.layers, TINY_BLOCKS.num_experts)
     anchors = {layer: block.get_parameter("anchors").numpy() for layer, block in blocks.items()}
     return Tiny(model, blocks, Variant(blocks, usage), AnchorKeys(anchors))
 
 
-@pytest.fixture(name="make_tiny")
-def make_tiny_fixture() -> Callable[[torch.dtype], Tiny]:
+@pytest.fixture(name="make_tiny", scope="session")
+def make_tiny_fixture() -> Callable[..., Tiny]:
     return make_tiny
 
 

@@ -53,14 +53,18 @@ def build(
         manifest_path.write_text(json.dumps(manifest, indent=1))
 
 
-def load(folder: Path, split: str, domains: Iterable[Domain] = DOMAINS) -> dict[str, WindowSet]:
-    """The windows of a split by domain, untrained domains left out of the train split."""
+def save(folder: Path, split: str, windows: WindowSet) -> None:
+    """Write windows that were not cut from files."""
+    np.savez(folder / f"{windows.domain}-{split}.npz", tokens=windows.tokens, file_index=windows.file_index)
+
+
+def load(folder: Path, split: str) -> dict[str, WindowSet]:
+    """Every window set of a split that the folder holds, by domain."""
     sets: dict[str, WindowSet] = {}
-    for domain in domains:
-        path = folder / f"{domain.name}-{split}.npz"
-        if path.is_file():
-            with np.load(path, allow_pickle=False) as arrays:
-                sets[domain.name] = WindowSet(domain.name, arrays["tokens"], arrays["file_index"])
+    for path in sorted(folder.glob(f"*-{split}.npz")):
+        domain = path.name.removesuffix(f"-{split}.npz")
+        with np.load(path, allow_pickle=False) as arrays:
+            sets[domain] = WindowSet(domain, arrays["tokens"], arrays["file_index"])
     return sets
 
 

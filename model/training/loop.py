@@ -41,10 +41,15 @@ def train(
     windows: Mapping[str, WindowSet],
     run: Path,
     cache: Path,
+    initial: Mapping[int, ExpertBlock] | None = None,
 ) -> dict[int, ExpertBlock]:
-    """Train fresh blocks, or go on where `run` left off; the loss curve is appended to `run/curve.jsonl`."""
+    """Train fresh blocks or `initial` ones, or go on where `run` left off.
+
+    The loss curve is appended to `run/curve.jsonl`; the trained blocks are also left in `run/blocks`.
+    """
     torch.manual_seed(config.seed)
-    blocks = {layer: build_block(block_config).to(model.device) for layer in block_config.layers}
+    fresh = {layer: build_block(block_config) for layer in block_config.layers}
+    blocks = {layer: b.to(model.device).requires_grad_() for layer, b in (initial or fresh).items()}
     parameters = {f"{layer}.{n}": p for layer, b in blocks.items() for n, p in b.named_parameters()}
     optimizer = torch.optim.AdamW(parameters.values(), betas=(0.9, 0.95), weight_decay=0.0)
     tokens = torch.from_numpy(np.concatenate([w.tokens for w in windows.values()])).long()

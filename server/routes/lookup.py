@@ -8,11 +8,13 @@ from server.registry import Endpoint, Plasticity, Registry, UnknownEndpoint
 
 
 def served_endpoint(registry: Registry, in_path: str | None, in_body: str | None) -> Endpoint:
-    """The endpoint of the path, or else of the body; both must agree. Raises UnknownEndpoint, InvalidRequest."""
+    """The endpoint of the path, or else of the body. Raises UnknownEndpoint, InvalidRequest."""
     if in_path is not None:
         endpoint = registry.get(in_path)
         if in_body not in (None, in_path):
-            raise UnknownEndpoint(f"this path serves the model {in_path!r} only; leave 'model' out or name it")
+            raise UnknownEndpoint(
+                f"this path serves the model {in_path!r} only; leave 'model' out or name it"
+            )
         return endpoint
     if in_body is None:
         raise InvalidRequest("model is required", "model")

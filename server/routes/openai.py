@@ -175,11 +175,14 @@ def _check_extent(
     engine = endpoint.runner.engine
     sequences, most = len(prompts) * body.n, engine.scheduler.config.max_waiting
     if sequences > most:
-        raise InvalidRequest(f"{len(prompts)} prompts times n = {body.n} are {sequences} answers; allowed: {most}", "n")
+        raise InvalidRequest(
+            f"{len(prompts)} prompts times n = {body.n} are {sequences} answers; allowed: {most}", "n"
+        )
     tokens = sum(len(prompt) + body.n * max_tokens for prompt in prompts)
     if body.n > 1 and tokens > engine.cache.capacity_tokens:
         raise InvalidRequest(
-            f"prompts plus n times max_tokens are {tokens} tokens; allowed: {engine.cache.capacity_tokens}", "n"
+            f"prompts plus n times max_tokens are {tokens} tokens; allowed: {engine.cache.capacity_tokens}",
+            "n",
         )
     check_token_ids(body.stop_token_ids, endpoint.tokenizer.vocab_size, "stop_token_ids")
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-import anyio.to_thread
+from starlette.concurrency import run_in_threadpool
 
 from model.tokenizer import TextTokenizer
 from server.engine.errors import ContextLengthExceeded
@@ -23,12 +23,12 @@ async def encode_prompt(endpoint: Endpoint, prompt: Prompt, param: str) -> tuple
 
 async def encode_text(endpoint: Endpoint, text: str) -> tuple[int, ...]:
     """Token ids of a text. Raises ContextLengthExceeded when it is hopelessly long."""
-    return await anyio.to_thread.run_sync(_encode_text, endpoint.tokenizer, text, endpoint.max_model_len)
+    return await run_in_threadpool(_encode_text, endpoint.tokenizer, text, endpoint.max_model_len)
 
 
 async def encode_messages(endpoint: Endpoint, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
     """Token ids of a conversation. Raises ChatTemplateError, ContextLengthExceeded."""
-    return await anyio.to_thread.run_sync(_encode_chat, endpoint.tokenizer, messages, endpoint.max_model_len)
+    return await run_in_threadpool(_encode_chat, endpoint.tokenizer, messages, endpoint.max_model_len)
 
 
 def check_token_ids(token_ids: Sequence[int], vocab_size: int, param: str) -> None:

@@ -60,9 +60,9 @@ class EventStream(Response):
             try:
                 async for event in events:
                     await _send_in_time(send, event, more=True)
-            except (ClientLeft, OSError):
+            except ClientLeft:
                 raise
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - the stream has begun: told in it, and logged
                 exchange = Exchange.of(scope)
                 log_failure(error, exchange)
                 await _send_in_time(send, sse(problem_of(error).body()), more=True)

@@ -1,7 +1,7 @@
 """Text to tokens and back, for clients that count."""
 
-import anyio.to_thread
 from fastapi import APIRouter, Request, Response
+from starlette.concurrency import run_in_threadpool
 
 from server.registry import Endpoint, Registry
 from server.routes.lookup import served_endpoint
@@ -21,19 +21,22 @@ async def tokenize(request: Request, body: TokenizeBody) -> Response:
         tokens = await encode_messages(endpoint, as_template_input(body.messages))
     else:
         tokens = await encode_text(endpoint, body.prompt or "")
-    answer = {"count": len(tokens), "max_model_len": endpoint.max_model_len, "tokens": tokens, "token_strs": None}
-    if body.return_token_strs:
-        answer["token_strs"] = [
-            endpoint.tokenizer.token_bytes(token).decode(errors="replace") for token in tokens
-        ]
-    return json_response(answer)
+    texts = [endpoint.tokenizer.token_bytes(token).decode(errors="replace") for token in tokens]
+    return json_response(
+        {
+            "count": len(tokens),
+            "max_model_len": endpoint.max_model_len,
+            "tokens": tokens,
+            "token_strs": texts if body.return_token_strs else None,
+        }
+    )
 
 
 @router.post("/detokenize")
 async def detokenize(request: Request, body: DetokenizeBody) -> Response:
     tokenizer = _endpoint(state_of(request).registry, body.model).tokenizer
     check_token_ids(body.tokens, tokenizer.vocab_size, "tokens")
-    return json_response({"prompt": await anyio.to_thread.run_sync(tokenizer.decode, body.tokens)})
+    return json_response({"prompt": await run_in_threadpool(tokenizer.decode, body.tokens)})
 
 
 def _endpoint(registry: Registry, model: str | None) -> Endpoint:

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
-import anyio.to_thread
 import orjson
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
 from server.middleware import ClientLeft
@@ -33,7 +33,9 @@ class StrictJsonRoute(APIRoute):
         return handle
 
 
-def json_response(data: Any, headers: Mapping[str, str] | None = None) -> Response:  # Any: JSON and numpy arrays
+def json_response(
+    data: Any, headers: Mapping[str, str] | None = None
+) -> Response:  # Any: JSON and numpy arrays
     """A 200 whose numbers are finite: what is not becomes null."""
     content = orjson.dumps(data, option=orjson.OPT_SERIALIZE_NUMPY)
     return Response(content, headers=dict(headers or {}), media_type="application/json")
@@ -50,7 +52,7 @@ async def _with_parsed_body(request: Request) -> Request:
     if media_type != "application/json":
         raise UnsupportedMediaType("the body must be sent with Content-Type: application/json")
     inline = len(body) <= PARSED_INLINE_BYTES
-    value = parse_json(body) if inline else await anyio.to_thread.run_sync(parse_json, body)
+    value = parse_json(body) if inline else await run_in_threadpool(parse_json, body)
     return ParsedRequest(request, body, value)
 
 

@@ -1,4 +1,4 @@
-"""What every body has in common: strict types, null means default, unknown fields are errors, never ignored."""
+"""What every body has in common: strict types, null means default, unknown fields are errors."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
@@ -27,7 +27,7 @@ KeyVersion = Annotated[int, Field(ge=0, le=MAX_VERSION)]
 
 
 class Body(BaseModel):
-    """A request body. `neutral` lists known fields that are not offered, with the values that change nothing."""
+    """A request body. `neutral` lists known fields that are not offered, with values that change nothing."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
 
@@ -49,7 +49,9 @@ class Body(BaseModel):
 
 
 def _check_neutral(name: str, value: Any, allowed: tuple[Any, ...]) -> None:  # Any: JSON values
-    if value is None or any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in allowed):
+    if value is None or any(
+        value == each and isinstance(value, bool) == isinstance(each, bool) for each in allowed
+    ):
         return
     shown = " or ".join(repr(each) for each in allowed) or "null"
     raise UnsupportedParameter(f"{name!r} is not supported; leave it out or send {shown}", name)

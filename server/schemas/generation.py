@@ -17,7 +17,6 @@ COLDEST_TEMPERATURE = 1e-3  # below, dividing logits overflows and the likeliest
 MOST_TOKENS = 1_000_000
 
 
-
 def _listed(value: Any) -> Any:  # Any: JSON
     return [value] if isinstance(value, str) else value
 
@@ -55,7 +54,9 @@ class GenerationBody(Body):
     max_tokens: MaxTokens | None = None
     ignore_eos: bool = False
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
-    user: Annotated[str, Field(max_length=1024)] | None = None  # accepted for OpenAI's sake; says nothing here
+    user: Annotated[str, Field(max_length=1024)] | None = (
+        None  # accepted for OpenAI's sake; says nothing here
+    )
     session_id: SessionId | None = None
     plasticity: PlasticityMode | None = None
     key_version: KeyVersion | None = None

@@ -1,4 +1,4 @@
-"""Fields of OpenAI's and vLLM's APIs that Libration does not offer, with the values under which they mean nothing.
+"""Fields of OpenAI's and vLLM's APIs that are not offered, with the values under which they mean nothing.
 
 Anything else in them is refused: a client must not believe that it got what it asked for.
 """

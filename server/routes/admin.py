@@ -1,0 +1,70 @@
+"""Changing keys by hand: freeze, roll back, reset, consolidate. Under /admin/, which only admins reach."""
+
+from fastapi import APIRouter, Request, Response
+
+from keystore.records import ScopeId
+from server.exchange import caller_of
+from server.refusals import InvalidRequest
+from server.registry import Plasticity
+from server.routes.lookup import named_scope, routing_keys_of, visible_scope
+from server.routes.wire import StrictJsonRoute, json_response
+from server.schemas.keys import ConsolidateBody, FreezeBody, ResetBody, RollbackBody
+from server.state import state_of
+
+router = APIRouter(prefix="/admin/keys", route_class=StrictJsonRoute)
+
+
+@router.post("/{endpoint}/freeze")
+def freeze(request: Request, endpoint: str, body: FreezeBody | None = None) -> Response:
+    """Stop learning of one scope, or of all without one."""
+    return _set_frozen(request, endpoint, body or FreezeBody(), frozen=True)
+
+
+@router.post("/{endpoint}/unfreeze")
+def unfreeze(request: Request, endpoint: str, body: FreezeBody | None = None) -> Response:
+    """Undo a freeze of the same scope."""
+    return _set_frozen(request, endpoint, body or FreezeBody(), frozen=False)
+
+
+@router.post("/{endpoint}/rollback")
+def rollback(request: Request, endpoint: str, body: RollbackBody) -> Response:
+    """Publish an old version's keys as a new version."""
+    plasticity, scope = _target(request, endpoint, body.scope)
+    version = plasticity.store.rollback(scope, body.to_version, if_version=body.if_version)
+    return json_response({"endpoint": endpoint, "scope": str(scope), "version": version})
+
+
+@router.post("/{endpoint}/reset")
+def reset(request: Request, endpoint: str, body: ResetBody | None = None) -> Response:
+    """Publish the anchors as a new version."""
+    wanted = body or ResetBody()
+    plasticity, scope = _target(request, endpoint, wanted.scope)
+    version = plasticity.store.reset(scope, if_version=wanted.if_version)
+    return json_response({"endpoint": endpoint, "scope": str(scope), "version": version})
+
+
+@router.post("/{endpoint}/consolidate")
+def consolidate(request: Request, endpoint: str, body: ConsolidateBody | None = None) -> Response:
+    """Learn everything that waits, also windows that are not full, and say what was published."""
+    _, plasticity = routing_keys_of(state_of(request).registry, endpoint)
+    plasticity.teacher.flush()
+    published = plasticity.store.consolidate_once()
+    versions = [{"scope": str(each.scope), "version": each.version} for each in published]
+    return json_response({"endpoint": endpoint, "published": versions})
+
+
+def _set_frozen(request: Request, endpoint: str, body: FreezeBody, *, frozen: bool) -> Response:
+    _, plasticity = routing_keys_of(state_of(request).registry, endpoint)
+    scope = None if body.scope is None else named_scope(body.scope, "scope")
+    store = plasticity.store
+    (store.freeze if frozen else store.unfreeze)(scope)
+    shown = None if scope is None else str(scope)
+    return json_response({"endpoint": endpoint, "scope": shown, "frozen": store.is_frozen(scope)})
+
+
+def _target(request: Request, endpoint: str, scope: str | None) -> tuple[Plasticity, ScopeId]:
+    _, plasticity = routing_keys_of(state_of(request).registry, endpoint)
+    target = visible_scope(caller_of(request), scope)
+    if target.kind == "anchor":
+        raise InvalidRequest("the anchors never change; allowed: the scope of a tenant or a session", "scope")
+    return plasticity, target

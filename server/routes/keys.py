@@ -1,0 +1,205 @@
+"""The key space, read only: which keys an endpoint routes by, where they are and how they came there."""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request, Response
+
+from keystore.records import Float32Array, ScopeId
+from keystore.snapshot import KeySnapshot
+from server.exchange import caller_of
+from server.keyspace import (
+    LayerReading,
+    SortField,
+    layer_columns,
+    load_of_layer,
+    nearest_neighbours,
+    ranked_experts,
+    read_layers,
+    usage_share,
+)
+from server.refusals import NotFound
+from server.registry import Endpoint, Plasticity
+from server.routes.lookup import routing_keys_of, visible_scope
+from server.routes.wire import StrictJsonRoute, json_response
+from server.state import state_of
+
+router = APIRouter(prefix="/v1/keys", route_class=StrictJsonRoute)
+
+Scope = Annotated[str | None, Query(max_length=300)]
+Session = Annotated[str | None, Query(max_length=128)]
+Version = Annotated[int | None, Query(ge=0, le=2**53)]
+Offset = Annotated[int, Query(ge=0, le=1_000_000)]
+Limit = Annotated[int, Query(ge=1, le=1000)]
+
+
+@router.get("")
+def list_key_spaces(request: Request, scope: Scope = None, session_id: Session = None) -> Response:
+    """Endpoints with routing keys, and where the scope's keys stand in each."""
+    seen = visible_scope(caller_of(request), scope, session_id)
+    served = state_of(request).registry.endpoints.values()
+    data = [_summary(each, each.plasticity, seen) for each in served if each.plasticity is not None]
+    return json_response({"object": "list", "data": data})
+
+
+@router.get("/{endpoint}")
+def show_key_space(
+    request: Request, endpoint: str, scope: Scope = None, session_id: Session = None, version: Version = None
+) -> Response:
+    """One endpoint, layer by layer."""
+    served, plasticity = routing_keys_of(state_of(request).registry, endpoint)
+    seen = visible_scope(caller_of(request), scope, session_id)
+    view = plasticity.store.view(seen, version)
+    readings = read_layers(plasticity.store, view)
+    return json_response(
+        _summary(served, plasticity, seen, version)
+        | {
+            "versions_kept": len(plasticity.store.versions(seen)),
+            "checksum": view.checksum,
+            "tokens": view.tokens,
+            "trust_radius": plasticity.store.gravity.trust_radius,
+            "layers": [_layer(served, view, layer, reading) for layer, reading in readings.items()],
+        }
+    )
+
+
+@router.get("/{endpoint}/layers/{layer}")
+def show_layer(
+    request: Request,
+    endpoint: str,
+    layer: int,
+    scope: Scope = None,
+    session_id: Session = None,
+    version: Version = None,
+    sort: SortField = "usage",
+    order: Annotated[str, Query(pattern="^(asc|desc)$")] = "desc",
+    offset: Offset = 0,
+    limit: Limit = 100,
+) -> Response:
+    """One layer, expert by expert. Usage is the whole process's since its start, the rest the scope's."""
+    served, plasticity = routing_keys_of(state_of(request).registry, endpoint)
+    seen = visible_scope(caller_of(request), scope, session_id)
+    view = plasticity.store.view(seen, version)
+    keys = keys_of_layer(view, layer)
+    columns = layer_columns(served, plasticity.store, view, layer)
+    page = ranked_experts(columns, keys, sort, falling=order == "desc")[offset : offset + limit]
+    nearest, distances = nearest_neighbours(keys, page)
+    experts: list[dict[str, Any]] = [
+        {
+            "expert": expert,
+            "usage": {"prefill": int(columns.usage[0, expert]), "decode": int(columns.usage[1, expert])},
+            "share": float(columns.share[expert]),
+            "drift": float(columns.drift[expert]),
+            "drift_of_radius": float(columns.drift_of_radius[expert]),
+            "norm": float(columns.norm[expert]),
+            "nearest": {"expert": int(nearest[i]), "distance": float(distances[i])}
+            if nearest[i] >= 0
+            else None,
+        }
+        for i, expert in enumerate(page)
+    ]
+    return json_response(
+        {
+            "endpoint": endpoint,
+            "layer": layer,
+            "scope": str(seen),
+            "version": view.version,
+            "plastic": layer in view.usage,
+            "num_experts": len(keys),
+            "sort": sort,
+            "order": order,
+            "offset": offset,
+            "experts": experts,
+        }
+    )
+
+
+@router.get("/{endpoint}/versions")
+def list_versions(
+    request: Request,
+    endpoint: str,
+    scope: Scope = None,
+    session_id: Session = None,
+    offset: Offset = 0,
+    limit: Limit = 100,
+) -> Response:
+    """The scope's own kept versions, newest first. Version 0, the anchors, is always there and not listed."""
+    _, plasticity = routing_keys_of(state_of(request).registry, endpoint)
+    seen = visible_scope(caller_of(request), scope, session_id)
+    rows = plasticity.store.versions(seen)
+    data: list[dict[str, Any]] = [
+        {
+            "version": row.version,
+            "parent": row.parent,
+            "created_at": row.created_at,
+            "tokens": row.tokens,
+            "drift": {"max": row.drift_max, "mean": row.drift_mean},
+            "checksum": row.checksum,
+            "reason": row.reason,
+        }
+        for row in rows[offset : offset + limit]
+    ]
+    return json_response(
+        {"object": "list", "endpoint": endpoint, "scope": str(seen), "total": len(rows), "data": data}
+    )
+
+
+@router.get("/{endpoint}/usage")
+def show_usage(request: Request, endpoint: str) -> Response:
+    """Tokens per phase, layer and expert since the start of the process: the matrix behind the metrics."""
+    served, _ = routing_keys_of(state_of(request).registry, endpoint)
+    assert served.usage is not None, endpoint
+    return json_response(
+        {
+            "endpoint": endpoint,
+            "phases": served.usage.PHASES,
+            "layers": served.usage.layers,
+            "num_experts": served.usage.counts.shape[2],
+            "counts": served.usage.counts.copy(),
+        }
+    )
+
+
+def keys_of_layer(view: KeySnapshot, layer: int) -> Float32Array:
+    """The keys (M, D) of a layer. Raises NotFound."""
+    if layer not in view.indexes:
+        raise NotFound(
+            f"layer {layer} has no routing keys; allowed: {', '.join(map(str, view.indexes))}", "layer"
+        )
+    return view.keys_of(layer)
+
+
+def _summary(
+    endpoint: Endpoint, plasticity: Plasticity, scope: ScopeId, version: int | None = None
+) -> dict[str, Any]:
+    store = plasticity.store
+    view = store.view(scope, version)
+    readings = read_layers(store, view)
+    plastic = [readings[layer] for layer in view.usage]
+    drift = {
+        "max": max((each.drift_max for each in plastic), default=0.0),
+        "mean": sum(each.drift_mean for each in plastic) / max(1, len(plastic)),
+    }
+    return {
+        "endpoint": endpoint.name,
+        "scope": str(scope),
+        "version": view.version,
+        "plasticity": plasticity.default,
+        "frozen": store.is_frozen(scope),
+        "plastic_layers": list(view.usage),
+        "drift": drift,
+    }
+
+
+def _layer(endpoint: Endpoint, view: KeySnapshot, layer: int, reading: LayerReading) -> dict[str, Any]:
+    load, balance = load_of_layer(endpoint, layer)
+    return {
+        "layer": layer,
+        "plastic": layer in view.usage,
+        "num_experts": len(view.keys_of(layer)),
+        "drift": {"max": reading.drift_max, "mean": reading.drift_mean, "moved": reading.moved},
+        "min_distance": reading.min_distance,
+        "tokens": int(load.sum()),
+        "largest_share": float(usage_share(load).max()),
+        "entropy_ratio": balance.entropy_ratio,
+        "jain_index": balance.jain_index,
+    }

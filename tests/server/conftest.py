@@ -1,0 +1,260 @@
+"""A whole server around a tiny random model that reads and writes bytes."""
+
+import asyncio
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+import uvicorn
+from fastapi import FastAPI
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+
+from keystore.backends.embedded import EmbeddedBackend
+from keystore.records import GravityConfig
+from keystore.store import KeyStore
+from model.tokenizer import TextTokenizer, TokenizerSpec
+from server.app import create_app
+from server.build import Parts
+from server.engine.engine import Engine
+from server.engine.runner import EngineRunner
+from server.engine.scheduler import SchedulerConfig
+from server.logs import JsonLines
+from server.metrics import Metrics
+from server.plasticity import Teacher
+from server.registry import Endpoint, Plasticity, Registry
+from server.state import ServerState
+
+SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>"]
+CONTEXT = 4096
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'assistant' and loop.first %}{{ raise_exception('user first') }}"
+    "{% endif %}<|user|>{{ m.content }}<|end|>{% endfor %}<|assistant|>"
+)
+
+
+def byte_tokenizer() -> TextTokenizer:
+    """One token for each byte, and three special ones."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    ids = [256 + i for i in range(len(SPECIAL))]
+    return TextTokenizer(TokenizerSpec(backend.to_str(), ids, CHAT_TEMPLATE, SPECIAL[1], SPECIAL[0]))
+
+
+@dataclass
+class Served:
+    """A running server and ways to look into it."""
+
+    app: FastAPI
+    state: ServerState
+    parts: Parts
+
+    @property
+    def engine(self) -> Engine:
+        return self.runner.engine
+
+    @property
+    def runner(self) -> EngineRunner:
+        return self.state.registry.runners[0]
+
+    @property
+    def store(self) -> KeyStore:
+        return self.parts.stores[0]
+
+    @property
+    def idle(self) -> bool:
+        return self.engine.idle and self.engine.cache.reserved_tokens == 0
+
+    def client(self, **options) -> httpx.AsyncClient:
+        transport = httpx.ASGITransport(self.app)
+        return httpx.AsyncClient(transport=transport, base_url="http://test", timeout=30, **options)
+
+    def request(self, method: str, path: str, **options) -> httpx.Response:
+        """One request without a socket."""
+
+        async def send() -> httpx.Response:
+            async with self.client() as client:
+                return await client.request(method, path, **options)
+
+        return asyncio.run(send())
+
+    def post(self, path: str, body: object = None, **options) -> httpx.Response:
+        return self.request("POST", path, **({"json": body} if body is not None else {}), **options)
+
+    def get(self, path: str, **options) -> httpx.Response:
+        return self.request("GET", path, **options)
+
+
+def wait_until(condition: Callable[[], object], timeout_s: float = 5.0) -> float:
+    """Seconds until the condition held."""
+    started = time.monotonic()
+    while not condition():
+        assert time.monotonic() - started < timeout_s, "it did not happen in time"
+        time.sleep(0.002)
+    return time.monotonic() - started
+
+
+@pytest.fixture(name="wait_until", scope="session")
+def wait_until_fixture() -> Callable[..., float]:
+    return wait_until
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> TextTokenizer:
+    return byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def serve(make_tiny, tokenizer) -> Callable[..., contextmanager]:
+    """serve(path, scheduler, kv_cache_tokens, **state): a server as a context manager."""
+
+    @contextmanager
+    def serving(
+        path: Path,
+        scheduler: SchedulerConfig | None = None,
+        kv_cache_tokens: int = 65_536,
+        gravity: GravityConfig | None = None,
+        start: bool = True,
+        **state: object,
+    ) -> Iterator[Served]:
+        tiny = make_tiny(torch.float32, vocab_size=tokenizer.vocab_size, max_position_embeddings=CONTEXT)
+        gravity = gravity or GravityConfig(window_tokens=64)
+        anchors = {layer: block.get_parameter("anchors").numpy() for layer, block in tiny.blocks.items()}
+        metrics = Metrics()
+        store = KeyStore(
+            "tiny",
+            anchors,
+            gravity,
+            EmbeddedBackend(path / "keys.sqlite3"),
+            num_experts_per_tok=2,
+            plastic_layers=[2],
+        )
+        engine = Engine(
+            tiny.model,
+            {"some": tiny.variant},
+            scheduler or SchedulerConfig(prefill_chunk=64, step_tokens=128),
+            kv_cache_tokens,
+            {"some": frozenset([2])},
+            time.monotonic,
+            metrics.observers(),
+        )
+        runner = EngineRunner(engine, 1)
+        teacher = Teacher(tiny.model, store, gravity, 8)
+        dense = Endpoint("dense", "dense", 1, tokenizer, runner, CONTEXT, 256, None, None)
+        some = replace(
+            dense,
+            name="some",
+            variant="some",
+            usage=tiny.variant.usage,
+            plasticity=Plasticity(store, teacher, "learn"),
+        )
+        registry = Registry({"some": some, "dense": dense}, (runner,))
+        parts = Parts(registry, (), (store,))
+        metrics.watch(registry, "0.0.test")
+        server_state = ServerState(registry, metrics, "0.0.test", "fp-test", time.time(), **state)
+        if start:
+            parts.start()
+        try:
+            yield Served(create_app(server_state), server_state, parts)
+        finally:
+            if start:
+                parts.stop(timeout_s=2)
+            else:
+                store.close()
+
+    return serving
+
+
+@pytest.fixture(scope="module")
+def served(serve, tmp_path_factory) -> Iterator[Served]:
+    """One server for all tests of a module that leave it as it was."""
+    with serve(tmp_path_factory.mktemp("served")) as running:
+        yield running
+
+
+@contextmanager
+def listening(app: FastAPI) -> Iterator[str]:
+    config = uvicorn.Config(app, port=0, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=5)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        wait_until(lambda: server.started)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(name="listening", scope="session")
+def listening_fixture() -> Callable[[FastAPI], contextmanager]:
+    """listening(app): the app on a real socket; gives its URL."""
+    return listening
+
+
+@pytest.fixture(scope="module")
+def url(served: Served) -> Iterator[str]:
+    with listening(served.app) as address:
+        yield address
+
+
+@pytest.fixture
+def log_lines() -> Iterator[list[str]]:
+    """Every line that the JSON log would hold."""
+    lines: list[str] = []
+
+    class Keeper(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(JsonLines().format(record))
+
+    keeper = Keeper(logging.DEBUG)
+    root = logging.getLogger()
+    before = root.level
+    root.addHandler(keeper)
+    root.setLevel(logging.DEBUG)
+    yield lines
+    root.removeHandler(keeper)
+    root.setLevel(before)
+
+
+@pytest.fixture
+def write(served: Served, tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """write(text): whatever is asked, the model answers with this text and then ends."""
+
+    def scripted(text: str) -> None:
+        script = [*tokenizer.encode(text), 256]
+
+        def logits(hidden: torch.Tensor) -> torch.Tensor:
+            rows = torch.zeros(len(hidden), tokenizer.vocab_size)
+            decoding = [s for s in served.engine.scheduler.running if s.decoding]
+            for row, sequence in zip(rows, decoding, strict=True):
+                row[script[min(len(sequence.generated), len(script) - 1)]] = 100.0
+            return rows
+
+        monkeypatch.setattr(served.engine.model, "logits", logits)
+
+    return scripted
+
+
+@pytest.fixture
+def chunks() -> Callable[[httpx.Response], list[dict]]:
+    """chunks(response): the objects of a stream that ended properly."""
+
+    def parsed(response: httpx.Response) -> list[dict]:
+        assert response.headers["content-type"].startswith("text/event-stream"), response.text
+        events = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
+        assert events[-1] == "[DONE]", events[-1]
+        return [json.loads(event) for event in events[:-1]]
+
+    return parsed
