@@ -1,4 +1,4 @@
-# ruff: noqa: N818 - the names say what happened; "Error" would add nothing but length
+
 """What can go wrong with keys, for the caller.
 
 KeyStoreError

@@ -6,7 +6,7 @@ R rows of a batch, Q query heads, G key/value heads, D head_dim, L positions in 
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - the field's name for it
+import torch.nn.functional as F
 from torch import Tensor
 
 from model.config import ModelConfig

@@ -4,7 +4,7 @@ T tokens, H hidden, V vocabulary. The head is frozen: nothing here has a weight 
 """
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 

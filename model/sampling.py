@@ -28,18 +28,25 @@ class SamplingParams:
     def greedy(self) -> bool:
         return self.temperature == 0.0 or self.top_k == 1
 
+    @property
+    def filtered(self) -> bool:
+        return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
+
 
 def sample(logits: Tensor, params: SamplingParams, generator: torch.Generator) -> int:
     """The next token of one sequence from its logits (V) float32.
 
     Order of the filters as in vLLM and transformers: temperature, top_k, top_p, min_p. One uniform number is
-    drawn per token and inverted on the descending cumulative distribution.
+    drawn per token and inverted on the cumulative distribution: in the vocabulary's order without filters, in
+    falling order with them.
     """
     if params.greedy:
         return int(logits.argmax())
     scaled = logits / params.temperature
     probabilities = (scaled - scaled.logsumexp(-1)).exp()
-    uniform = torch.rand((), generator=generator)
+    uniform = torch.rand((), generator=generator, dtype=torch.float64)
+    if not params.filtered:
+        return _invert(probabilities, uniform)
     count = CANDIDATES if params.top_k == 0 else min(params.top_k, CANDIDATES)
     while True:
         count = min(count, len(probabilities))
@@ -47,10 +54,15 @@ def sample(logits: Tensor, params: SamplingParams, generator: torch.Generator) -
         complete = count == len(probabilities) or params.top_k in range(1, count + 1)
         kept = _kept(top, params)
         if complete or kept < count:  # the cut lies inside the candidates
-            cumulative = top[:kept].double().cumsum(0)
-            chosen = int(torch.searchsorted(cumulative, uniform.double() * cumulative[-1], right=True))
-            return int(token_ids[min(chosen, kept - 1)])
+            return int(token_ids[_invert(top[:kept], uniform)])
         count = len(probabilities)
+
+
+def _invert(weights: Tensor, uniform: Tensor) -> int:
+    """The index whose stretch of the cumulative weights holds `uniform`, a number from 0 to 1 of their sum."""
+    cumulative = weights.double().cumsum(0)
+    chosen = int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True))
+    return min(chosen, len(weights) - 1)
 
 
 def _kept(descending: Tensor, params: SamplingParams) -> int:

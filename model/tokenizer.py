@@ -64,8 +64,7 @@ class TextTokenizer:
         self.special_ids = frozenset(spec.special_ids)
         self._token_bytes = _byte_table(self._backend, self.special_ids)
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _refuse
-        self._template = environment.from_string(spec.chat_template)
+        self._template = environment.from_string(spec.chat_template, globals={"raise_exception": _refuse})
         self._template_names = {"bos_token": spec.bos_token, "eos_token": spec.eos_token}
 
     @property
@@ -121,6 +120,7 @@ def _byte_table(backend: Tokenizer, special_ids: frozenset[int]) -> list[bytes]:
     table: list[bytes] = []
     for token_id in range(backend.get_vocab_size()):
         token = backend.id_to_token(token_id)
+        assert token is not None, f"the vocabulary has a hole at {token_id}"
         if token_id in special_ids or any(character not in character_to_byte for character in token):
             table.append(token.encode())
         else:

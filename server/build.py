@@ -9,7 +9,6 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -50,7 +49,9 @@ class Parts:
 
     def stop(self, timeout_s: float) -> bool:
         """Finish running answers, learn what is still queued, close the stores. True if nothing was cut off."""
-        finished = all([runner.stop(timeout_s) for runner in self.registry.runners])
+        finished = True
+        for runner in self.registry.runners:
+            finished &= runner.stop(timeout_s)
         for endpoint in self.registry.endpoints.values():
             if endpoint.plasticity is not None:
                 endpoint.plasticity.teacher.flush()

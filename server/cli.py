@@ -38,7 +38,7 @@ def serve(config_file: Path | None, data_dir: Path | None, **listen: Any) -> Non
             "listen on 127.0.0.1, or pass --insecure"
         )
     # Torch and FAISS take a second to import: only the command that needs them pays for it.
-    from server.start import serve_until_signal  # noqa: PLC0415
+    from server.start import serve_until_signal
 
     serve_until_signal(settings, started)
 
@@ -76,7 +76,7 @@ def config_show(config_file: Path | None) -> None:
 @click.option("--data-dir", type=click.Path(path_type=Path), help="Where converted base weights are kept.")
 def train(variant: str, run_dir: Path, data: Path, data_dir: Path | None, **options: Any) -> None:
     """Train the expert blocks of VARIANT on the frozen base, from text installed on this machine."""
-    from server.offline import train_variant  # noqa: PLC0415 - torch
+    from server.offline import train_variant
 
     train_variant(variant, run_dir, data, _settings(None, data_dir=data_dir).data_dir, **options)
 
@@ -90,7 +90,7 @@ def train(variant: str, run_dir: Path, data: Path, data_dir: Path | None, **opti
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 def evaluate(data: Path, blocks: Path | None, data_dir: Path | None, **options: Any) -> None:
     """Held-out loss per domain of `some` beside `dense`, the untouched base."""
-    from server.offline import evaluate_some  # noqa: PLC0415 - torch
+    from server.offline import evaluate_some
 
     evaluate_some(data, blocks, _settings(None, data_dir=data_dir).data_dir, **options)
 

@@ -6,7 +6,7 @@ T tokens, K experts per token, E experts, H hidden, F expert width.
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 # Float32 products of this many rows (and its multiples) give each row the same bits whatever the other rows

@@ -8,7 +8,7 @@ a `KeyView`. T tokens, K experts per token, E experts, D key size, H hidden.
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.blocks.base import BlockConfig, BlockSpan, ExpertBlock, ExpertUsage, LayerTrace

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -28,8 +29,9 @@ def read_config(folder: Path) -> BlockConfig:
     """The block configuration of a folder. Raises CheckpointError naming what is missing or wrong."""
     path = folder / CONFIG_FILE
     try:
-        raw = json.loads(path.read_text())
-        config = BlockConfig(**{**raw, "layers": tuple(raw["layers"])})
+        raw: dict[str, Any] = json.loads(path.read_text())
+        raw["layers"] = tuple(raw["layers"])
+        config = BlockConfig(**raw)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path} is no block configuration: {error}") from error
     if config.kind not in BLOCKS:
@@ -64,7 +66,7 @@ def load_blocks(folder: Path, hidden_size: int) -> tuple[BlockConfig, dict[int, 
             if not torch.isfinite(tensor).all():
                 raise CheckpointError(f"{path}: tensor {key!r} holds values that are not finite")
             parameter.data = tensor.float()
-            parameter.requires_grad_(requires_grad=False)
+            parameter.requires_grad = False
         blocks[layer] = block.eval()
     if stored:
         raise CheckpointError(f"{path} has tensors that no block takes: {sorted(stored)[:3]}")

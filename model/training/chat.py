@@ -56,7 +56,7 @@ def conversations(
     """Windows of whole conversations laid end to end; "train" and "heldout" have different topics."""
     topics = HELDOUT_TOPICS if split == "heldout" else TOPICS
     questions = [template.format(topic) for template, topic in itertools.product(TEMPLATES, topics)]
-    random.Random(SEED).shuffle(questions)
+    random.Random(SEED).shuffle(questions)  # noqa: S311 - an order, not a secret
     wanted = -(-tokens_wanted // WINDOW) * WINDOW + 1
     stream: list[int] = []
     with tqdm(total=wanted, desc=f"chat {split}", unit="tok", unit_scale=True) as bar:

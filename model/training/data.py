@@ -38,7 +38,9 @@ def build(
     """
     folder.mkdir(parents=True, exist_ok=True)
     manifest_path = folder / "manifest.json"
-    manifest = json.loads(manifest_path.read_text()) if manifest_path.is_file() else {"seed": SEED, "files": {}}
+    files_used: dict[str, list[dict[str, object]]] = {}
+    if manifest_path.is_file():
+        files_used = json.loads(manifest_path.read_text())["files"]
     work = [
         (domain, split)
         for domain in domains
@@ -49,8 +51,8 @@ def build(
     for domain, split in work:
         windows, index, files = _collect(domain, split, tokenizer, tokens_per_domain[split])
         np.savez(folder / f"{domain.name}-{split}.npz", tokens=windows, file_index=index)
-        manifest["files"][f"{domain.name}-{split}"] = files
-        manifest_path.write_text(json.dumps(manifest, indent=1))
+        files_used[f"{domain.name}-{split}"] = files
+        manifest_path.write_text(json.dumps({"seed": SEED, "files": files_used}, indent=1))
 
 
 def save(folder: Path, split: str, windows: WindowSet) -> None:

@@ -96,7 +96,7 @@ def _order(count: int, config: TrainingConfig) -> Tensor:
     return torch.cat([torch.randperm(count, generator=generator) for _ in range(config.epochs)])
 
 
-def _checkpoint(run: Path, step: int, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+def _checkpoint(run: Path, step: int, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
     tensors = {f"parameter.{name}": p.detach().contiguous() for name, p in parameters.items()}
     for name, parameter in parameters.items():
         state = optimizer.state[parameter]
@@ -107,7 +107,7 @@ def _checkpoint(run: Path, step: int, parameters: dict[str, Tensor], optimizer: 
     (run / "step.json").write_text(json.dumps({"step": step}))
 
 
-def _resume(run: Path, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> int:
+def _resume(run: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> int:
     """Put back the last checkpoint, if there is one; returns the step to go on with."""
     path = run / "checkpoint.safetensors"
     if not path.is_file():

@@ -117,14 +117,14 @@ class EngineRunner:
     def _step(self) -> None:
         try:
             self.engine.step()
-        except Exception:  # noqa: BLE001 - the engine must outlive any one batch; the failure is told everywhere
+        except Exception:
             self.engine.counters.failed_steps += 1
             failed = self.engine.fail_running()
             logger.exception("a step failed", extra={"requests": [s.sequence_id for s in failed]})
             return
         try:
             self.engine.teach()
-        except Exception:  # noqa: BLE001 - learning must never take serving down with it
+        except Exception:
             self.engine.counters.lessons_failed += 1
             logger.exception("learning from a prompt failed")
 

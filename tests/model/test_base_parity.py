@@ -4,10 +4,11 @@ import random
 
 import pytest
 import torch
+from torch.testing import assert_close
+
 from model.checkpoints.load import find_base_file
 from model.kv_cache import CacheBudget
 from model.transformer import Segment
-from torch.testing import assert_close
 
 GREEDY_TOKENS = 16
 PROMPTS = [

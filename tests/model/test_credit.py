@@ -1,10 +1,11 @@
 """Credit is a derivative: autograd is the reference."""
 
 import torch
+from torch.testing import assert_close
+
 from model.blocks.base import LayerTrace
 from model.credit import expert_credit, loss_gradient
 from model.head import NextTokenLoss, loss_and_gradient
-from torch.testing import assert_close
 
 
 def test_the_heads_gradient_equals_autograds(tiny):

@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from model.blocks import experts
 from torch.testing import assert_close
+
+from model.blocks import experts
 
 EXPERTS, WIDTH, HIDDEN = 8, 16, 32
 

@@ -185,7 +185,9 @@ def served(serve, tmp_path_factory) -> Iterator[Served]:
 
 @contextmanager
 def listening(app: FastAPI) -> Iterator[str]:
-    config = uvicorn.Config(app, port=0, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=5)
+    config = uvicorn.Config(
+        app, port=0, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=5
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -140,7 +140,7 @@ def test_numbers_of_another_type_are_refused(served, field, value):
 def test_a_completion_field_out_of_range_is_named(served, fields, param, code):
     error = refused(served.post("/v1/completions", COMPLETION | fields))
     if code != "context_length_exceeded":
-        assert error["param"] in (param, "prompt.0.1"), error
+        assert error["param"] == param, error
     assert error["code"] == code, error
     assert error["type"] == "invalid_request_error"
 
@@ -157,8 +157,16 @@ def test_a_completion_field_out_of_range_is_named(served, fields, param, code):
         ({"messages": [{"role": "user"}]}, "messages.0.content", "invalid_value"),
         ({"messages": [MESSAGE | {"content": 5}]}, "messages.0.content", "invalid_type"),
         ({"messages": [MESSAGE | {"odd": 5}]}, "messages.0.odd", "unsupported_parameter"),
-        ({"messages": [MESSAGE | {"content": [{"type": "image_url"}]}]}, "messages.0.content.0.type", "invalid_value"),
-        ({"messages": [{"role": "assistant", "content": "x"}]}, "messages", "invalid_value"),  # the template's
+        (
+            {"messages": [MESSAGE | {"content": [{"type": "image_url"}]}]},
+            "messages.0.content.0.type",
+            "invalid_value",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "x"}]},
+            "messages",
+            "invalid_value",
+        ),  # the template's
         ({"max_completion_tokens": 2}, "max_completion_tokens", "invalid_value"),
         ({"prompt": "x"}, "prompt", "unsupported_parameter"),
         ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter"),
@@ -193,7 +201,18 @@ def test_a_chat_field_out_of_range_is_named(served, fields, param, code):
         b"nonsense",
         b'{"model": "some" "prompt": "x"}',
     ],
-    ids=["cut", "surrogate", "utf8", "brackets", "nested", "objects", "containers", "members", "word", "comma"],
+    ids=[
+        "cut",
+        "surrogate",
+        "utf8",
+        "brackets",
+        "nested",
+        "objects",
+        "containers",
+        "members",
+        "word",
+        "comma",
+    ],
 )
 def test_malformed_json_is_refused(served, text):
     assert refused(send_raw(served, text))["code"] == "invalid_json"
@@ -213,10 +232,14 @@ def test_brackets_inside_strings_are_only_text(served):
     assert served.post("/v1/completions", COMPLETION | {"prompt": prompt}).status_code == 200
 
 
-@pytest.mark.parametrize("media_type", ["text/plain", "application/x-www-form-urlencoded", "", "application/jsonx"])
+@pytest.mark.parametrize(
+    "media_type", ["text/plain", "application/x-www-form-urlencoded", "", "application/jsonx"]
+)
 def test_another_media_type_is_415(served, media_type):
     content = json.dumps(COMPLETION).encode()
-    response = served.request("POST", "/v1/completions", content=content, headers={"Content-Type": media_type})
+    response = served.request(
+        "POST", "/v1/completions", content=content, headers={"Content-Type": media_type}
+    )
     assert refused(response, 415)["code"] == "unsupported_media_type"
 
 
@@ -245,7 +268,9 @@ def test_a_prompt_longer_than_the_context_is_refused(served):
 def test_a_hopelessly_long_prompt_is_refused_without_encoding_all_of_it(served, tokenizer, monkeypatch):
     encoded = []
     backend = type(tokenizer).encode
-    monkeypatch.setattr(type(tokenizer), "encode", lambda self, text: encoded.append(len(text)) or backend(self, text))
+    monkeypatch.setattr(
+        type(tokenizer), "encode", lambda self, text: encoded.append(len(text)) or backend(self, text)
+    )
     error = refused(served.post("/v1/completions", COMPLETION | {"prompt": "x" * 1_500_000}))
     assert error["code"] == "context_length_exceeded"
     assert sum(encoded) < 50_000
@@ -278,7 +303,12 @@ def test_an_unexpected_failure_is_a_constant_text_with_the_request_id(served, mo
 
 @pytest.mark.parametrize(
     ("body", "param"),
-    [({"prompt": "a", "messages": [MESSAGE]}, "prompt"), ({}, "prompt"), ({"prompt": 5}, "prompt"), ({"odd": 1}, "odd")],
+    [
+        ({"prompt": "a", "messages": [MESSAGE]}, "prompt"),
+        ({}, "prompt"),
+        ({"prompt": 5}, "prompt"),
+        ({"odd": 1}, "odd"),
+    ],
 )
 def test_bad_tokenize_bodies_are_named(served, body, param):
     assert refused(served.post("/tokenize", body))["param"] == param

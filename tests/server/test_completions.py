@@ -52,7 +52,9 @@ def test_streamed_completion_equals_the_whole_one(served, chunks):
     whole = completion(served).json()
     pieces = chunks(completion(served, stream=True))
     assert "".join(p["choices"][0]["text"] for p in pieces) == whole["choices"][0]["text"]
-    assert [p["choices"][0]["finish_reason"] for p in pieces if p["choices"][0]["finish_reason"]] == ["length"]
+    assert [p["choices"][0]["finish_reason"] for p in pieces if p["choices"][0]["finish_reason"]] == [
+        "length"
+    ]
     assert all(p["system_fingerprint"] == "fp-test" for p in pieces)
     assert pieces[-1]["libration"] == whole["libration"]
     assert all("libration" not in p and "usage" not in p for p in pieces[:-1])
@@ -114,7 +116,9 @@ def test_token_ids_mean_the_same_as_their_text(served, tokenizer):
 def test_explicit_nulls_mean_the_default(served):
     nulls = ("stop", "seed", "top_p", "top_k", "min_p", "n", "stream", "user", "logprobs", "echo", "suffix")
     plain = completion(served).json()
-    answered = completion(served, **dict.fromkeys((*nulls, "stream_options", "session_id", "plasticity"))).json()
+    answered = completion(
+        served, **dict.fromkeys((*nulls, "stream_options", "session_id", "plasticity"))
+    ).json()
     assert answered["choices"] == plain["choices"]
 
 

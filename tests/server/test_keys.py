@@ -1,0 +1,295 @@
+"""The key space over HTTP: what it shows, how it changes, what it announces."""
+
+import asyncio
+import json
+
+import httpx
+import numpy as np
+import pytest
+
+from keystore.records import ScopeId
+
+TEXT = "what is taught here stays here. "
+
+
+@pytest.fixture
+def served(serve, tmp_path):
+    with serve(tmp_path) as running:
+        yield running
+
+
+def teach(served, text=TEXT, **fields):
+    body = {"model": "some", "prompt": text * 5, "max_tokens": 1, "plasticity": "learn"} | fields
+    assert served.post("/v1/completions", body).status_code == 200
+    published = served.post("/admin/keys/some/consolidate").json()["published"]
+    assert published
+    return published[-1]["version"]
+
+
+def refused(response, status, code):
+    assert response.status_code == status, response.text
+    assert response.json()["error"]["code"] == code
+
+
+def test_key_spaces_are_listed_with_version_and_drift(served):
+    version = teach(served)
+    (row,) = served.get("/v1/keys").json()["data"]
+    assert row["endpoint"] == "some"
+    assert row["version"] == version
+    assert 0 < row["drift"]["mean"] <= row["drift"]["max"] <= 1.000001
+    assert row["plastic_layers"] == [2]
+    assert row["frozen"] is False
+
+
+def test_one_key_space_shows_its_layers(served):
+    version = teach(served)
+    shown = served.get("/v1/keys/some").json()
+    assert shown["version"] == version
+    assert shown["versions_kept"] == version
+    fixed, plastic = shown["layers"]
+    assert (fixed["layer"], fixed["plastic"], fixed["drift"]["max"]) == (1, False, 0.0)
+    assert plastic["plastic"]
+    assert plastic["drift"]["moved"] > 0
+    assert plastic["tokens"] > 0
+
+
+def test_an_old_version_can_be_looked_at(served):
+    teach(served)
+    assert served.get("/v1/keys/some", params={"version": 0}).json()["drift"]["max"] == 0.0
+    refused(served.get("/v1/keys/some", params={"version": 99}), 409, "key_version_unavailable")
+
+
+@pytest.mark.parametrize("sort", ["expert", "usage", "drift", "norm", "distance"])
+def test_experts_are_sorted_and_paged(served, sort):
+    teach(served)
+    path = "/v1/keys/some/layers/2"
+    everything = served.get(path, params={"sort": sort}).json()["experts"]
+    field = {
+        "expert": lambda e: e["expert"],
+        "usage": lambda e: e["share"],
+        "drift": lambda e: e["drift"],
+        "norm": lambda e: e["norm"],
+        "distance": lambda e: e["nearest"]["distance"],
+    }[sort]
+    values = [field(e) for e in everything]
+    assert values == sorted(values, reverse=True)
+    page = served.get(path, params={"sort": sort, "offset": 2, "limit": 3}).json()["experts"]
+    assert page == everything[2:5]
+    rising = served.get(path, params={"sort": sort, "order": "asc"}).json()["experts"]
+    assert [field(e) for e in rising] == sorted(values)
+
+
+def test_the_numbers_of_a_layer_are_those_of_its_keys(served):
+    teach(served)
+    view = served.store.view(ScopeId("tenant", "default"))
+    keys, anchors = view.keys_of(2).astype(float), served.store.view(ScopeId("anchor")).keys_of(2)
+    usage = served.state.registry.get("some").usage.counts[:, 1]
+    for row in served.get("/v1/keys/some/layers/2").json()["experts"]:
+        e = row["expert"]
+        away = np.linalg.norm(keys - keys[e], axis=1)
+        away[e] = np.inf
+        assert row["nearest"]["expert"] == away.argmin()
+        assert row["nearest"]["distance"] == pytest.approx(away.min())
+        assert row["norm"] == pytest.approx(np.linalg.norm(keys[e]))
+        assert row["drift"] == pytest.approx(
+            np.linalg.norm(keys[e] - anchors[e]) / np.linalg.norm(anchors[e])
+        )
+        assert row["drift_of_radius"] == pytest.approx(row["drift"] / 0.2)
+        assert [row["usage"]["prefill"], row["usage"]["decode"]] == usage[:, e].tolist()
+
+
+def test_versions_are_listed_newest_first(served):
+    first = teach(served)
+    second = teach(served, "something else entirely ")
+    listed = served.get("/v1/keys/some/versions").json()
+    assert [row["version"] for row in listed["data"]] == list(range(second, 0, -1))
+    assert listed["data"][0]["parent"] == second - 1
+    assert listed["data"][second - first]["version"] == first
+    assert served.get("/v1/keys/some/versions", params={"limit": 1}).json()["data"] == listed["data"][:1]
+
+
+def test_a_session_learns_for_itself(served):
+    teach(served, session_id="mine")
+    assert served.get("/v1/keys/some").json()["version"] == 0
+    assert served.get("/v1/keys/some", params={"session_id": "mine"}).json()["version"] >= 1
+    assert served.get("/v1/keys/some", params={"scope": "session:default/mine"}).json()["version"] >= 1
+
+
+def test_a_text_search_finds_what_the_engine_routes_to(served):
+    teach(served)
+    answer = served.post("/v1/keys/some/layers/2/search", {"text": "héy you", "k": 8}).json()
+    assert [t["text"] for t in answer["tokens"]][0] == "h"
+    assert len(answer["tokens"]) == 8
+    usage = served.state.registry.get("some").usage
+    before = usage.counts[0, 1].copy()
+    body = {"model": "some", "prompt": "héy you", "max_tokens": 1, "plasticity": "read"}
+    served.post("/v1/completions", body)
+    routed = np.zeros(8, dtype=int)
+    for token in answer["tokens"]:
+        assert sum(e["gate"] for e in token["experts"]) == pytest.approx(1)
+        scores = [e["score"] for e in token["experts"]]
+        assert scores == sorted(scores, reverse=True)
+        for e in token["experts"][:2]:
+            routed[e["expert"]] += 1
+    assert (usage.counts[0, 1] - before).tolist() == routed.tolist()
+
+
+def test_a_long_text_is_searched_over_several_chunks_and_teaches_nothing(served):
+    answer = served.post("/v1/keys/some/layers/2/search", {"text": "x" * 128, "k": 1}).json()
+    assert len(answer["tokens"]) == 128
+    assert served.post("/admin/keys/some/consolidate").json()["published"] == []
+
+
+def test_a_vector_search_ranks_by_inner_product(served):
+    vector = np.random.default_rng(0).standard_normal(16)
+    anchors = served.store.view(ScopeId("anchor")).keys_of(1)
+    found = served.post("/v1/keys/some/layers/1/search", {"vector": vector.tolist(), "k": 3}).json()[
+        "experts"
+    ]
+    assert [e["expert"] for e in found] == np.argsort(-(anchors @ vector))[:3].tolist()
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "text"),
+        ({"text": "a", "vector": [0.0] * 16}, "text"),
+        ({"text": ""}, "text"),
+        ({"vector": [0.0] * 15}, "vector"),
+        ({"vector": [1e31] * 16}, "vector.0"),
+        ({"vector": ["1"] * 16}, "vector.0"),
+        ({"text": "a", "k": 9}, "k"),
+        ({"text": "a", "k": 0}, "k"),
+    ],
+)
+def test_bad_searches_are_named(served, body, param):
+    response = served.post("/v1/keys/some/layers/2/search", body)
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["param"] == param
+
+
+def test_a_layer_whose_keys_never_move_is_searched_by_vector_only(served):
+    response = served.post("/v1/keys/some/layers/1/search", {"text": "a", "k": 2})
+    assert response.json()["error"]["param"] == "text"
+
+
+@pytest.mark.parametrize(
+    ("path", "params", "status", "code"),
+    [
+        ("/v1/keys/nobody", {}, 404, "model_not_found"),
+        ("/v1/keys/dense", {}, 404, "not_found"),
+        ("/v1/keys/some/layers/0", {}, 404, "not_found"),
+        ("/v1/keys/some/layers/99999999999999999999999", {}, 404, "not_found"),
+        ("/v1/keys/some/layers/two", {}, 400, "invalid_type"),
+        ("/v1/keys/some/layers/2", {"sort": "beauty"}, 400, "invalid_value"),
+        ("/v1/keys/some/layers/2", {"order": "up"}, 400, "invalid_value"),
+        ("/v1/keys/some/layers/2", {"limit": 0}, 400, "invalid_value"),
+        ("/v1/keys/some/layers/2", {"offset": -1}, 400, "invalid_value"),
+        ("/v1/keys/some", {"scope": "everyone"}, 400, "invalid_value"),
+        ("/v1/keys/some", {"scope": "anchor", "session_id": "a"}, 400, "invalid_value"),
+        ("/v1/keys/some", {"session_id": " a"}, 400, "invalid_value"),
+        ("/v1/keys/some", {"version": -1}, 400, "invalid_value"),
+    ],
+)
+def test_bad_questions_are_refused(served, path, params, status, code):
+    refused(served.get(path, params=params), status, code)
+
+
+def test_frozen_keys_stay_and_teach_nobody(served):
+    assert served.post("/admin/keys/some/freeze").json()["frozen"] is True
+    assert served.get("/v1/keys/some").json()["frozen"] is True
+    answer = served.post("/v1/completions", {"model": "some", "prompt": TEXT * 5, "max_tokens": 1}).json()
+    assert answer["libration"]["learned_tokens"] == 0
+    assert served.post("/admin/keys/some/consolidate").json()["published"] == []
+    assert served.post("/admin/keys/some/unfreeze").json()["frozen"] is False
+    teach(served)
+
+
+def test_one_scope_can_be_frozen_alone(served):
+    served.post("/admin/keys/some/freeze", {"scope": "tenant:default"})
+    assert served.get("/v1/keys/some").json()["frozen"] is True
+    assert served.get("/v1/keys/some", params={"scope": "tenant:other"}).json()["frozen"] is False
+
+
+def test_rollback_brings_an_old_version_back_as_a_new_one(served):
+    version = teach(served)
+    learned = served.get("/v1/keys/some").json()["checksum"]
+    back = served.post("/admin/keys/some/rollback", {"to_version": 0, "if_version": version}).json()
+    assert back == {"endpoint": "some", "scope": "tenant:default", "version": version + 1}
+    assert served.get("/v1/keys/some").json()["drift"]["max"] == 0.0
+    served.post("/admin/keys/some/rollback", {"to_version": version})
+    assert served.get("/v1/keys/some").json()["checksum"] == learned
+    assert served.post("/admin/keys/some/reset").json()["version"] == version + 3
+    assert served.get("/v1/keys/some").json()["drift"]["max"] == 0.0
+
+
+def test_a_change_on_another_version_than_expected_is_409(served):
+    response = served.post("/admin/keys/some/reset", {"if_version": 7})
+    refused(response, 409, "conflict")
+    assert response.headers["x-should-retry"] == "false"
+    refused(served.post("/admin/keys/some/rollback", {"to_version": 99}), 409, "key_version_unavailable")
+
+
+@pytest.mark.parametrize(
+    ("action", "body"),
+    [
+        ("rollback", {}),
+        ("rollback", {"to_version": "1"}),
+        ("rollback", {"to_version": -1}),
+        ("reset", {"scope": "anchor"}),
+        ("reset", {"scope": "nobody"}),
+        ("freeze", {"scope": 5}),
+        ("freeze", {"scope": "session:x"}),
+        ("consolidate", {"now": True}),
+    ],
+)
+def test_bad_changes_are_refused(served, action, body):
+    assert served.post(f"/admin/keys/some/{action}", body).status_code == 400
+
+
+def test_a_pinned_version_answers_as_it_did(served):
+    body = {"model": "some", "prompt": "pinned", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+    before = served.post("/v1/completions", body | {"plasticity": "read"}).json()
+    version = teach(served)
+    after = served.post("/v1/completions", body | {"key_version": 0}).json()
+    assert after["choices"] == before["choices"]
+    assert after["libration"]["key_version"] == 0
+    assert after["libration"]["plasticity"] == "read"
+    newest = served.post("/v1/completions", body | {"plasticity": "read"})
+    assert newest.headers["X-Key-Version"] == str(version)
+
+
+def test_events_tell_new_versions_and_who_moved(served, listening):
+    async def listen(url):
+        async with served.client() as quick, httpx.AsyncClient(base_url=url) as client:
+            async with client.stream("GET", "/v1/keys/some/events") as response:
+                lines = response.aiter_lines()
+                assert (await anext(lines)).startswith(":")
+                body = {"model": "some", "prompt": TEXT * 3, "max_tokens": 1}
+                await quick.post("/v1/completions", json=body)
+                await quick.post("/admin/keys/some/consolidate")
+                async for line in lines:
+                    if line.startswith("data: "):
+                        return json.loads(line.removeprefix("data: "))
+
+    with listening(served.app) as url:
+        event = asyncio.run(asyncio.wait_for(listen(url), 10))
+    assert event["version"] == 1
+    assert event["parent"] == 0
+    assert event["scope"] == "tenant:default"
+    assert event["moved"]["2"]
+    assert "1" not in event["moved"]
+    assert event["missed"] == 0
+
+
+def test_a_listener_that_leaves_is_forgotten(served, listening, wait_until):
+    async def come_and_go(url):
+        async with httpx.AsyncClient(base_url=url) as client:
+            async with client.stream("GET", "/v1/keys/some/events") as response:
+                await anext(response.aiter_lines())
+                assert len(served.app.state.listeners) == 1
+
+    with listening(served.app) as url:
+        asyncio.run(come_and_go(url))
+        assert wait_until(lambda: not served.app.state.listeners) < 1.5
+        assert not served.store._subscribers

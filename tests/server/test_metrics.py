@@ -1,0 +1,109 @@
+"""The metrics page says what happened, and the same as the other routes."""
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+BODY = {"model": "some", "prompt": "count my tokens", "max_tokens": 9, "ignore_eos": True}
+
+
+def samples(served) -> dict:
+    page = served.get("/metrics")
+    assert page.headers["content-type"].startswith("text/plain; version=0.0.4")
+    return {
+        (sample.name.removeprefix("libration_"), tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(page.text)
+        for sample in family.samples
+    }
+
+
+def value(found, name, **labels):
+    return found[name, tuple(sorted(labels.items()))]
+
+
+@pytest.fixture(scope="module")
+def used(served):
+    for model in ("some", "some", "dense"):
+        assert served.post("/v1/completions", BODY | {"model": model}).status_code == 200
+    served.post("/v1/completions", BODY | {"model": "nobody"})
+    return served
+
+
+def test_tokens_and_requests_are_counted_by_model(used):
+    found = samples(used)
+    assert value(found, "prompt_tokens_total", model="some") == 30
+    assert value(found, "prompt_tokens_total", model="dense") == 15
+    assert value(found, "generation_tokens_total", model="some") == 18
+    assert value(found, "request_finished_total", model="some", reason="length") == 2
+    assert value(found, "requests_rejected_total", reason="model_not_found") == 1
+    assert value(found, "requests_running", model="some") == 0
+    assert value(found, "requests_waiting", model="some") == 0
+    assert value(found, "kv_cache_usage_ratio") == 0
+    assert value(found, "build_info", version="0.0.test") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("request_duration_seconds", 2),
+        ("time_to_first_token_seconds", 2),
+        ("queue_time_seconds", 2),
+        ("inter_token_latency_seconds", 16),
+    ],
+)
+def test_latencies_are_observed(used, name, count):
+    assert value(samples(used), f"{name}_count", model="some") == count
+
+
+def test_expert_tokens_are_exactly_the_usage_matrix(used):
+    usage = used.get("/v1/keys/some/usage").json()
+    found = samples(used)
+    for p, phase in enumerate(usage["phases"]):
+        for i, layer in enumerate(usage["layers"]):
+            counts = usage["counts"][p][i]
+            labels = {"model": "some", "layer": str(layer), "phase": phase}
+            assert value(found, "layer_routed_tokens_total", **labels) == sum(counts) / 2
+            for expert, count in enumerate(counts):
+                assert value(found, "expert_tokens_total", expert=str(expert), **labels) == count
+    assert sum(map(sum, usage["counts"][0])) == 2 * 30 * 2  # layers x prompt tokens x experts per token
+
+
+def test_balance_and_keys_are_shown_by_layer(used):
+    found = samples(used)
+    for layer in ("1", "2"):
+        labels = {"model": "some", "layer": layer}
+        assert value(found, "expert_load_imbalance_ratio", **labels) >= 1
+        assert 0 < value(found, "expert_load_jain_index", **labels) <= 1
+        assert 0 < value(found, "routing_entropy_ratio", **labels) <= 1
+        assert 0 <= value(found, "experts_idle", **labels) < 8
+        assert value(found, "key_drift_ratio", stat="max", **labels) == 0
+        assert value(found, "key_min_distance", **labels) > 0
+    assert value(found, "key_version", model="some") == 0
+    assert value(found, "plasticity_enabled", model="some") == 1
+    assert value(found, "plasticity_enabled", model="dense") == 0
+    assert value(found, "store_degraded", model="some") == 0
+    assert value(found, "key_updates_total", model="some", outcome="published") == 0
+    assert value(found, "routing_events_dropped_total", model="some", reason="queue_full") == 0
+
+
+def test_learning_moves_the_key_metrics(used):
+    used.post("/v1/completions", BODY | {"prompt": "learn this " * 20})
+    assert used.post("/admin/keys/some/consolidate").json()["published"]
+    found = samples(used)
+    version = used.get("/v1/keys/some").json()["version"]
+    assert version >= 1
+    assert value(found, "key_version", model="some") == version
+    assert value(found, "key_drift_ratio", model="some", layer="2", stat="max") > 0
+    assert value(found, "key_drift_ratio", model="some", layer="1", stat="max") == 0
+    assert value(found, "key_updates_total", model="some", outcome="published") == version
+
+
+def test_expert_detail_is_left_out_above_the_limit(used, monkeypatch):
+    monkeypatch.setattr("server.metrics.EXPERT_DETAIL_LIMIT", 15)
+    found = samples(used)
+    assert not any(name == "expert_tokens_total" for name, _ in found)
+    assert any(name == "layer_routed_tokens_total" for name, _ in found)
+
+
+def test_two_applications_share_no_metrics(serve, tmp_path, used):
+    with serve(tmp_path) as other:
+        assert ("request_duration_seconds_count", (("model", "some"),)) not in samples(other)
