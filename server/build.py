@@ -115,7 +115,7 @@ def build(
             created=created,
             tokenizer=base.tokenizer,
             runner=runner,
-            max_model_len=min(model.config.max_position_embeddings, engine_settings.kv_cache_tokens),
+            max_model_len=min(model.config.max_position_embeddings, engine.cache.capacity_tokens),
             eos_token_id=model.config.eos_token_id,
             usage=variants[name].usage if name in variants else None,
             plasticity=plasticity.get(name),

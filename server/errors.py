@@ -68,6 +68,10 @@ TABLE: tuple[tuple[type[Exception], Problem], ...] = (
     (refusals.BodyTooSlow, _invalid("request_timeout", 408, Connection="close")),
     (refusals.UnsupportedMediaType, _invalid("unsupported_media_type", 415)),
     (refusals.NotServing, Problem(503, "server_error", "not_ready", headers={"Retry-After": "5"})),
+    (
+        refusals.TooManyListeners,
+        Problem(503, "server_error", "server_overloaded", headers={"Retry-After": "30"}),
+    ),
     (ContextLengthExceeded, _invalid("context_length_exceeded")),
     (EngineOverloaded, Problem(503, "server_error", "server_overloaded")),
     (EngineDraining, Problem(503, "server_error", "draining", headers={"Retry-After": str(DRAIN_RETRY_S)})),

@@ -11,6 +11,7 @@ RequestError
 ├── BodyTooLarge          more bytes than a body may have
 ├── BodyTooSlow           the body did not arrive in time
 ├── UnsupportedMediaType  the body is not declared as JSON
+├── TooManyListeners      the event streams that the server bears are taken
 └── NotServing            the server cannot answer now; the message says why
 """
 
@@ -61,6 +62,10 @@ class BodyTooSlow(RequestError):
 
 class UnsupportedMediaType(RequestError):
     """Only application/json is read."""
+
+
+class TooManyListeners(RequestError):
+    """Come back when one has left."""
 
 
 class NotServing(RequestError):

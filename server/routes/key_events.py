@@ -11,10 +11,10 @@ from starlette.concurrency import run_in_threadpool
 from keystore.records import ScopeId
 from keystore.snapshot import KeySnapshot
 from keystore.store import KeyStore
-from server.engine.errors import EngineOverloaded
 from server.engine.runner import EngineRunner
 from server.exchange import caller_of
 from server.keyspace import moved_experts
+from server.refusals import TooManyListeners
 from server.routes.keys import Scope, Session
 from server.routes.lookup import routing_keys_of, visible_scope
 from server.routes.streams import EventStream, sse
@@ -74,7 +74,7 @@ async def stream_versions(
     seen = visible_scope(caller_of(request), scope, session_id)
     listeners: set[Listener] = request.app.state.listeners
     if len(listeners) >= MAX_LISTENERS:
-        raise EngineOverloaded(len(listeners), retry_after_s=30)
+        raise TooManyListeners(f"{len(listeners)} listeners are connected already; allowed: {MAX_LISTENERS}")
     listener = Listener(plasticity.store, seen, asyncio.get_running_loop())
     listeners.add(listener)
 

@@ -9,6 +9,7 @@ from keystore.errors import InvalidConfig
 from keystore.records import ScopeId
 from server.refusals import UnsupportedParameter
 
+MOST_FIELDS = 256
 MAX_VERSION = 2**53  # what a JSON number can hold in every client
 
 
@@ -39,6 +40,8 @@ class Body(BaseModel):
         if not isinstance(data, dict):
             return data
         given: dict[str, Any] = data
+        if len(given) > MOST_FIELDS:  # one error each would take far more memory than the body itself
+            raise UnsupportedParameter(f"an object has {len(given)} fields; allowed: {MOST_FIELDS}")
         kept: dict[str, Any] = {}
         for name, value in given.items():
             if name in cls.neutral:

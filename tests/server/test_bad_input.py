@@ -223,6 +223,12 @@ def test_a_body_that_is_no_object_is_refused(served, text):
     assert refused(send_raw(served, text))["code"] in ("invalid_type", "invalid_value")
 
 
+def test_thousands_of_unknown_fields_are_refused_at_once(served):
+    error = refused(served.post("/v1/completions", {f"field{i}": i for i in range(40_000)}))
+    assert error["code"] == "unsupported_parameter"
+    assert "40000" in error["message"]
+
+
 def test_an_empty_body_is_refused(served):
     assert refused(send_raw(served, b""))["message"] == "a JSON body is required"
 

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from keystore.records import ScopeId
+from server.routes.key_events import MAX_WAITING_EVENTS, Listener
 
+TENANT = ScopeId("tenant", "default")
 TEXT = "what is taught here stays here. "
 
 
@@ -81,7 +83,7 @@ def test_experts_are_sorted_and_paged(served, sort):
 
 def test_the_numbers_of_a_layer_are_those_of_its_keys(served):
     teach(served)
-    view = served.store.view(ScopeId("tenant", "default"))
+    view = served.store.view(TENANT)
     keys, anchors = view.keys_of(2).astype(float), served.store.view(ScopeId("anchor")).keys_of(2)
     usage = served.state.registry.get("some").usage.counts[:, 1]
     for row in served.get("/v1/keys/some/layers/2").json()["experts"]:
@@ -118,7 +120,7 @@ def test_a_session_learns_for_itself(served):
 def test_a_text_search_finds_what_the_engine_routes_to(served):
     teach(served)
     answer = served.post("/v1/keys/some/layers/2/search", {"text": "héy you", "k": 8}).json()
-    assert [t["text"] for t in answer["tokens"]][0] == "h"
+    assert answer["tokens"][0]["text"] == "h"
     assert len(answer["tokens"]) == 8
     usage = served.state.registry.get("some").usage
     before = usage.counts[0, 1].copy()
@@ -261,16 +263,19 @@ def test_a_pinned_version_answers_as_it_did(served):
 
 def test_events_tell_new_versions_and_who_moved(served, listening):
     async def listen(url):
-        async with served.client() as quick, httpx.AsyncClient(base_url=url) as client:
-            async with client.stream("GET", "/v1/keys/some/events") as response:
-                lines = response.aiter_lines()
-                assert (await anext(lines)).startswith(":")
-                body = {"model": "some", "prompt": TEXT * 3, "max_tokens": 1}
-                await quick.post("/v1/completions", json=body)
-                await quick.post("/admin/keys/some/consolidate")
-                async for line in lines:
-                    if line.startswith("data: "):
-                        return json.loads(line.removeprefix("data: "))
+        async with (
+            served.client() as quick,
+            httpx.AsyncClient(base_url=url) as client,
+            client.stream("GET", "/v1/keys/some/events") as response,
+        ):
+            lines = response.aiter_lines()
+            assert (await anext(lines)).startswith(":")
+            await quick.post("/v1/completions", json={"model": "some", "prompt": TEXT * 3, "max_tokens": 1})
+            await quick.post("/admin/keys/some/consolidate")
+            line = ""
+            while not line.startswith("data: "):
+                line = await anext(lines)
+            return json.loads(line.removeprefix("data: "))
 
     with listening(served.app) as url:
         event = asyncio.run(asyncio.wait_for(listen(url), 10))
@@ -282,14 +287,49 @@ def test_events_tell_new_versions_and_who_moved(served, listening):
     assert event["missed"] == 0
 
 
+def test_a_listener_that_does_not_read_loses_the_oldest_and_is_told(served):
+    async def fall_behind():
+        listener = Listener(served.store, TENANT, asyncio.get_running_loop())
+        for _ in range(MAX_WAITING_EVENTS + 3):
+            await asyncio.to_thread(served.store.reset, TENANT)
+        first = await listener.next(5)
+        listener.close()
+        return first.version, listener.missed
+
+    assert asyncio.run(fall_behind()) == (4, 3)
+
+
 def test_a_listener_that_leaves_is_forgotten(served, listening, wait_until):
     async def come_and_go(url):
-        async with httpx.AsyncClient(base_url=url) as client:
-            async with client.stream("GET", "/v1/keys/some/events") as response:
-                await anext(response.aiter_lines())
-                assert len(served.app.state.listeners) == 1
+        async with (
+            httpx.AsyncClient(base_url=url) as client,
+            client.stream("GET", "/v1/keys/some/events") as response,
+        ):
+            await anext(response.aiter_lines())
+            assert len(served.app.state.listeners) == 1
 
     with listening(served.app) as url:
         asyncio.run(come_and_go(url))
         assert wait_until(lambda: not served.app.state.listeners) < 1.5
         assert not served.store._subscribers
+
+
+def test_listeners_are_let_go_when_the_server_drains(served, listening):
+    async def outlast(url):
+        async with (
+            httpx.AsyncClient(base_url=url) as client,
+            client.stream("GET", "/v1/keys/some/events") as response,
+        ):
+            lines = response.aiter_lines()
+            await anext(lines)
+            served.runner.begin_drain()
+            async for _ in lines:
+                pass
+
+    with listening(served.app) as url:
+        asyncio.run(asyncio.wait_for(outlast(url), 3))
+
+
+def test_listeners_are_bounded(served, monkeypatch):
+    monkeypatch.setattr("server.routes.key_events.MAX_LISTENERS", 0)
+    refused(served.get("/v1/keys/some/events"), 503, "server_overloaded")
