@@ -38,7 +38,10 @@ class LibrationServer:
     """A server process of our own."""
 
     def __init__(self, folder: Path, threads: int):
-        environment = os.environ | {"LIBRATION_DATA_DIR": str(folder), "LIBRATION_ENGINE__THREADS": str(threads)}
+        environment = os.environ | {
+            "LIBRATION_DATA_DIR": str(folder),
+            "LIBRATION_ENGINE__THREADS": str(threads),
+        }
         self._log = (folder / "server.log").open("wb")
         command = [sys.executable, "-m", "server.cli", "serve", "--port", "0"]
         self.process = subprocess.Popen(command, env=environment, stderr=self._log)
@@ -125,7 +128,9 @@ class Transformers:
 
 
 async def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--json", action="store_true", help="print JSON for machines")
@@ -160,7 +165,9 @@ def report(results: dict[str, list[dict[str, float]]], peer: str, resident_mib: 
         print(json.dumps({"medians": medians, "resident_mib": resident_mib}))
         return
     theirs = medians[peer]
-    print("| | 1 stream, tok/s | 8 streams, tok/s | first token of a 512-token prompt, s |\n|---|---|---|---|")
+    print(
+        "| | 1 stream, tok/s | 8 streams, tok/s | first token of a 512-token prompt, s |\n|---|---|---|---|"
+    )
     for name, mine in medians.items():
         print(
             f"| {name} | {mine['one']:.1f} ({mine['one'] / theirs['one']:.2f}x) "

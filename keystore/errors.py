@@ -1,4 +1,3 @@
-
 """What can go wrong with keys, for the caller.
 
 KeyStoreError

@@ -35,7 +35,9 @@ class CacheBudget:
         self._head_dim = config.head_dim
         self._dtype = dtype
         self._device = device
-        self.capacity_tokens = capacity_tokens // POSITION_BLOCK * POSITION_BLOCK  # reservations are whole blocks
+        self.capacity_tokens = (
+            capacity_tokens // POSITION_BLOCK * POSITION_BLOCK
+        )  # reservations are whole blocks
         self.reserved_tokens = 0
 
     @staticmethod

@@ -42,7 +42,9 @@ def spec_from_gguf(file: GGUFFile) -> TokenizerSpec:
         raise CheckpointError(f"{file.path}: pre-tokenizer {pre!r} is not one of {sorted(PRE_TOKENIZERS)}")
     tokens: list[str] = file.field("tokenizer.ggml.tokens")
     merges = [tuple(merge.split(" ", 1)) for merge in file.field("tokenizer.ggml.merges")]
-    special_ids = [i for i, kind in enumerate(file.field("tokenizer.ggml.token_type")) if kind == CONTROL_TOKEN]
+    special_ids = [
+        i for i, kind in enumerate(file.field("tokenizer.ggml.token_type")) if kind == CONTROL_TOKEN
+    ]
     backend = Tokenizer(BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
     backend.pre_tokenizer = PRE_TOKENIZERS[pre]()
     backend.decoder = decoders.ByteLevel()
@@ -81,7 +83,9 @@ class TextTokenizer:
         Raises ChatTemplateError when the template refuses the messages.
         """
         try:
-            text = self._template.render(messages=messages, add_generation_prompt=True, **self._template_names)
+            text = self._template.render(
+                messages=messages, add_generation_prompt=True, **self._template_names
+            )
         except jinja2.TemplateError as error:
             raise ChatTemplateError(f"the chat template refuses these messages: {error}") from error
         return self.encode(text)

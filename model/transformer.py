@@ -106,7 +106,9 @@ class Transformer:
         """The residual stream's start: token ids (...) -> (..., H) float32."""
         return F.embedding(token_ids, self.embedding).float()
 
-    def layer(self, hidden: Tensor, weights: LayerWeights, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+    def layer(
+        self, hidden: Tensor, weights: LayerWeights, rope: tuple[Tensor, Tensor], attend: Attend
+    ) -> Tensor:
         """One decoder layer over rows (R, H) float32; `attend` maps rotated q, k and v (R, heads, D) to (R, H)."""
         config = self.config
         normed = self._norm(hidden, weights.input_norm)

@@ -83,7 +83,9 @@ def build(
         for name, endpoint in settings.endpoints.items()
         if endpoint.variant != "dense"
     }
-    plastic = {name: _plastic_layers(settings.endpoints[name], config) for name, (config, _) in loaded.items()}
+    plastic = {
+        name: _plastic_layers(settings.endpoints[name], config) for name, (config, _) in loaded.items()
+    }
     variants = {
         name: Variant(blocks, ExpertUsage(config.layers, config.num_experts))
         for name, (config, blocks) in loaded.items()
@@ -123,7 +125,9 @@ def build(
         for name, endpoint in settings.endpoints.items()
     }
     stores = tuple(p.store for p in plasticity.values())
-    return Parts(Registry(endpoints, (runner,)), tuple(ConsolidationWorker(s, time.time) for s in stores), stores)
+    return Parts(
+        Registry(endpoints, (runner,)), tuple(ConsolidationWorker(s, time.time) for s in stores), stores
+    )
 
 
 def _load_variant(

@@ -65,11 +65,25 @@ def config_show(config_file: Path | None) -> None:
 
 @main.command()
 @click.argument("variant", type=click.Choice(["some"]))
-@click.option("--run", "run_dir", type=click.Path(path_type=Path), required=True, help="Run folder; resumed if it exists.")
+@click.option(
+    "--run",
+    "run_dir",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Run folder; resumed if it exists.",
+)
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="Data folder; built if empty.")
 @click.option("--tokens-per-domain", default=118_000, show_default=True, type=click.IntRange(min=4096))
-@click.option("--chat-tokens", default=0, show_default=True, type=click.IntRange(min=0), help="Tokens of conversations that the base writes first; keeps its manners.")
-@click.option("--init", "initial", type=click.Path(path_type=Path), help="Blocks to start from (default: fresh ones).")
+@click.option(
+    "--chat-tokens",
+    default=0,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="Tokens of conversations that the base writes first; keeps its manners.",
+)
+@click.option(
+    "--init", "initial", type=click.Path(path_type=Path), help="Blocks to start from (default: fresh ones)."
+)
 @click.option("--epochs", default=1, show_default=True, type=click.IntRange(min=1))
 @click.option("--learning-rate", default=2e-3, show_default=True, type=click.FloatRange(min=0, min_open=True))
 @click.option("--threads", default=0, type=click.IntRange(min=0), help="0: every processor.")
@@ -83,7 +97,9 @@ def train(variant: str, run_dir: Path, data: Path, data_dir: Path | None, **opti
 
 @main.command()
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="Data folder; built if empty.")
-@click.option("--blocks", type=click.Path(path_type=Path), help="Blocks to measure (default: the shipped ones).")
+@click.option(
+    "--blocks", type=click.Path(path_type=Path), help="Blocks to measure (default: the shipped ones)."
+)
 @click.option("--split", type=click.Choice(["validation", "heldout"]), default="heldout", show_default=True)
 @click.option("--threads", default=0, type=click.IntRange(min=0), help="0: every processor.")
 @click.option("--data-dir", type=click.Path(path_type=Path), help="Where converted base weights are kept.")

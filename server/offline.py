@@ -70,7 +70,9 @@ def evaluate_some(
     if as_json:
         click.echo(json.dumps([asdict(result) for result in results]))
         return
-    click.echo("| domain | dense | some | change (95 % interval) | tokens | files |\n|---|---|---|---|---|---|")
+    click.echo(
+        "| domain | dense | some | change (95 % interval) | tokens | files |\n|---|---|---|---|---|---|"
+    )
     for result in results:
         low, high = result.change_interval
         click.echo(

@@ -49,7 +49,10 @@ def random_weights(config: ModelConfig, dtype: torch.dtype) -> dict[str, Tensor]
         return (torch.randn(shape, generator=generator) * shape[-1] ** -0.5).to(dtype)
 
     hidden, inner = config.hidden_size, config.intermediate_size
-    weights = {"embedding": normal(config.vocab_size, hidden) * 3, "final_norm": torch.ones(hidden, dtype=dtype)}
+    weights = {
+        "embedding": normal(config.vocab_size, hidden) * 3,
+        "final_norm": torch.ones(hidden, dtype=dtype),
+    }
     for layer in range(config.num_hidden_layers):
         weights |= {
             f"layers.{layer}.input_norm": torch.ones(hidden, dtype=dtype),

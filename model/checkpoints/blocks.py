@@ -73,7 +73,9 @@ def load_blocks(folder: Path, hidden_size: int) -> tuple[BlockConfig, dict[int, 
     return config, blocks
 
 
-def save_blocks(folder: Path, config: BlockConfig, blocks: Mapping[int, nn.Module], dtype: torch.dtype) -> None:
+def save_blocks(
+    folder: Path, config: BlockConfig, blocks: Mapping[int, nn.Module], dtype: torch.dtype
+) -> None:
     """Write blocks in `dtype`; each file appears whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {

@@ -34,7 +34,9 @@ class GGUFFile:
     def config(self) -> ModelConfig:
         architecture = self.field("general.architecture")
         if architecture != "llama":
-            raise CheckpointError(f"{self.path} is a {architecture!r} file; GGUF files of 'llama' are supported")
+            raise CheckpointError(
+                f"{self.path} is a {architecture!r} file; GGUF files of 'llama' are supported"
+            )
         hidden = int(self.field("llama.embedding_length"))
         heads = int(self.field("llama.attention.head_count"))
         return ModelConfig(
@@ -63,7 +65,9 @@ class GGUFFile:
         values = np.array(gguf.dequantize(found.data, found.tensor_type), dtype=np.float32)
         return torch.from_numpy(values).reshape(shape)
 
-    def weights(self, config: ModelConfig, progress: Callable[[int, int], None]) -> Iterator[tuple[str, Tensor]]:
+    def weights(
+        self, config: ModelConfig, progress: Callable[[int, int], None]
+    ) -> Iterator[tuple[str, Tensor]]:
         """Every weight under our names ("embedding", "layers.3.qkv_proj", ...), float32, in file order of use."""
         hidden, inner = config.hidden_size, config.intermediate_size
         shapes = {

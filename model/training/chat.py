@@ -45,14 +45,20 @@ TOPICS = (
     "the French Revolution", "the river Nile", "painting", "mathematics", "a Python list", "a for loop", "recycling",
     "the capital of Egypt", "the capital of Canada", "mountains", "a library", "coffee", "robots", "dinosaurs",
 )  # fmt: skip
-HELDOUT_TOPICS = ("the capital of Germany", "the sun", "tea", "kindness", "bicycles", "the Amazon river", "history")
+HELDOUT_TOPICS = (
+    "the capital of Germany",
+    "the sun",
+    "tea",
+    "kindness",
+    "bicycles",
+    "the Amazon river",
+    "history",
+)
 MAX_ANSWER_TOKENS = 160
 STREAMS = 24
 
 
-def conversations(
-    model: Transformer, tokenizer: TextTokenizer, split: str, tokens_wanted: int
-) -> WindowSet:
+def conversations(model: Transformer, tokenizer: TextTokenizer, split: str, tokens_wanted: int) -> WindowSet:
     """Windows of whole conversations laid end to end; "train" and "heldout" have different topics."""
     topics = HELDOUT_TOPICS if split == "heldout" else TOPICS
     questions = [template.format(topic) for template, topic in itertools.product(TEMPLATES, topics)]
@@ -80,9 +86,7 @@ class Conversation:
     read: int = 0
 
 
-def _answers(
-    model: Transformer, tokenizer: TextTokenizer, questions: Iterator[str]
-) -> Iterator[list[int]]:
+def _answers(model: Transformer, tokenizer: TextTokenizer, questions: Iterator[str]) -> Iterator[list[int]]:
     """Endless conversations, token ids of question and sampled answer; as one ends the next takes its place."""
     budget = CacheBudget(model.config, 1 << 20, model.dtype, model.device)
     generator = torch.Generator().manual_seed(SEED)

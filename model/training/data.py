@@ -30,7 +30,10 @@ class WindowSet:
 
 
 def build(
-    folder: Path, tokenizer: TextTokenizer, tokens_per_domain: dict[str, int], domains: Iterable[Domain] = DOMAINS
+    folder: Path,
+    tokenizer: TextTokenizer,
+    tokens_per_domain: dict[str, int],
+    domains: Iterable[Domain] = DOMAINS,
 ) -> None:
     """Write `<domain>-<split>.npz` for every domain and a manifest of every file used. Existing ones are kept.
 

@@ -60,7 +60,9 @@ def train(
     run.mkdir(parents=True, exist_ok=True)
     (run / "training.json").write_text(json.dumps(asdict(config), indent=1))
     start = _resume(run, parameters, optimizer)
-    bar = tqdm(range(start, steps), initial=start, total=steps, desc=f"train {block_config.kind}", unit="step")
+    bar = tqdm(
+        range(start, steps), initial=start, total=steps, desc=f"train {block_config.kind}", unit="step"
+    )
     with (run / "curve.jsonl").open("a") as curve:
         for step in bar:
             for group in optimizer.param_groups:
@@ -96,7 +98,9 @@ def _order(count: int, config: TrainingConfig) -> Tensor:
     return torch.cat([torch.randperm(count, generator=generator) for _ in range(config.epochs)])
 
 
-def _checkpoint(run: Path, step: int, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+def _checkpoint(
+    run: Path, step: int, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
+) -> None:
     tensors = {f"parameter.{name}": p.detach().contiguous() for name, p in parameters.items()}
     for name, parameter in parameters.items():
         state = optimizer.state[parameter]

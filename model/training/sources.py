@@ -70,7 +70,11 @@ def read_manpage(path: Path) -> str:
 
 def _manpages(language: str) -> Source:
     return Source(
-        Path(f"/usr/share/man/{language}"), "**/*.gz", read_manpage, f"manpages-{language}", "GPL-2+ and others"
+        Path(f"/usr/share/man/{language}"),
+        "**/*.gz",
+        read_manpage,
+        f"manpages-{language}",
+        "GPL-2+ and others",
     )
 
 
@@ -111,7 +115,9 @@ DOMAINS: tuple[Domain, ...] = (
     Domain(
         "javascript",
         (
-            Source(Path("/usr/lib/node_modules"), "**/*.js", read_plain, "nodejs and npm", "Artistic-2.0, MIT"),
+            Source(
+                Path("/usr/lib/node_modules"), "**/*.js", read_plain, "nodejs and npm", "Artistic-2.0, MIT"
+            ),
             Source(Path("/usr/share/nodejs"), "**/*.js", read_plain, "npm", "Artistic-2.0, MIT"),
         ),
         trained=False,

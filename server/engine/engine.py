@@ -148,7 +148,9 @@ class Engine:
                 if segment.trace is not None:
                     following = sequence.prompt_token_ids[segment.start + 1 : segment.start + 1 + count]
                     targets = torch.tensor(following)
-                    self._lessons.append(Lesson(sequence, segment.trace, hidden[row : row + len(following)], targets))
+                    self._lessons.append(
+                        Lesson(sequence, segment.trace, hidden[row : row + len(following)], targets)
+                    )
             row += count
 
     @staticmethod

@@ -57,7 +57,9 @@ class Sequence:
     def finish_reason(self) -> FinishReason | None:
         """Why the sequence ends after its newest token, or None."""
         newest = self.generated[-1]
-        if newest in self.params.stop_token_ids or (newest == self.eos_token_id and not self.params.ignore_eos):
+        if newest in self.params.stop_token_ids or (
+            newest == self.eos_token_id and not self.params.ignore_eos
+        ):
             return "stop"
         return "length" if len(self.generated) == self.params.max_tokens else None
 
@@ -73,4 +75,3 @@ class Lesson:
     trace: RoutingTrace
     hidden: torch.Tensor
     targets: torch.Tensor
-

@@ -18,12 +18,12 @@ class ServerProcess:
 
     def __init__(self, data_dir: Path, log: Path, **environment: str):
         self.data_dir = data_dir
-        self._log = log.open("ab")
         self._log_path = log
         variables = os.environ | {"LIBRATION_DATA_DIR": str(data_dir)} | environment
         command = [sys.executable, "-m", "server.cli", "serve", "--port", "0"]
         began = len(log.read_text()) if log.exists() else 0
-        self.process = subprocess.Popen(command, env=variables, stdout=self._log, stderr=self._log)
+        with log.open("ab") as stream:
+            self.process = subprocess.Popen(command, env=variables, stdout=stream, stderr=stream)
         self.url = self._wait_for_url(began)
         self.client = httpx.Client(base_url=self.url, timeout=120)
 
@@ -62,9 +62,7 @@ class ServerProcess:
     def end(self, how: signal.Signals = signal.SIGTERM) -> int:
         self.client.close()
         self.process.send_signal(how)
-        status = self.process.wait(timeout=60)
-        self._log.close()
-        return status
+        return self.process.wait(timeout=60)
 
 
 @pytest.fixture(scope="session")
@@ -90,5 +88,6 @@ def start(shared_data, tmp_path):
 
     yield start_server
     for server in running:
+        server.client.close()
         if server.process.poll() is None:
             server.end()

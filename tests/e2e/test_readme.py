@@ -30,7 +30,9 @@ def test_every_curl_command_gets_an_answer_and_the_chat_says_paris(start):
     for command in commands():
         assert command.startswith("curl "), command
         shell = command.replace(SERVED_AT, server.url)
-        done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=120, cwd=ROOT, check=True)
+        done = subprocess.run(
+            ["bash", "-c", shell], capture_output=True, text=True, timeout=120, cwd=ROOT, check=True
+        )
         assert "error" not in done.stdout[:20], done.stdout
         answers.append(done.stdout)
     assert len(answers) >= 3
@@ -41,7 +43,9 @@ def test_the_python_example_streams_an_answer(start):
     server = start()
     (example,) = blocks("python")
     code = example.replace(SERVED_AT, server.url)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=180, check=True
+    )
     assert len(done.stdout) > 40
 
 

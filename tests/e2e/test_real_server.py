@@ -24,7 +24,9 @@ def teach(server, tokens=5000, **body):
     """Post C code in prompts of about 1,000 tokens and wait until it has been learned."""
     token_ids = server.post("/tokenize", model="some", prompt=c_code(2 * tokens))["tokens"][:tokens]
     for first in range(0, tokens, 1000):
-        server.post("/v1/completions", model="some", prompt=token_ids[first : first + 1000], max_tokens=1, **body)
+        server.post(
+            "/v1/completions", model="some", prompt=token_ids[first : first + 1000], max_tokens=1, **body
+        )
     wait_until(lambda: settled(server))
 
 
@@ -77,7 +79,9 @@ def test_a_stranger_gets_paris_from_both_endpoints_by_model_and_by_base_url(star
                 assert "Paris" in text
                 assert chunks[-1].usage.completion_tokens > 0
                 with pytest.raises(NotFoundError):
-                    client.chat.completions.create(model="nobody", messages=[{"role": "user", "content": "x"}])
+                    client.chat.completions.create(
+                        model="nobody", messages=[{"role": "user", "content": "x"}]
+                    )
 
 
 def test_eight_streams_at_once_equal_their_single_stream_text(start):
@@ -128,7 +132,13 @@ def test_keys_move_with_the_traffic_within_their_radius_and_survive_kill_9(start
 
 def test_freeze_stops_movement_and_rollback_restores_answers(start):
     server = start()
-    prompt = {"prompt": c_code(100), "max_tokens": 24, "temperature": 0, "model": "some", "plasticity": "read"}
+    prompt = {
+        "prompt": c_code(100),
+        "max_tokens": 24,
+        "temperature": 0,
+        "model": "some",
+        "plasticity": "read",
+    }
     teach(server, 1000)
     early = server.get("/v1/keys/some")["version"]
     early_text = server.post("/v1/completions", **prompt)["choices"][0]["text"]
@@ -163,7 +173,9 @@ def test_sessions_learn_for_themselves_alone(start):
 
 def test_a_prompt_over_the_context_is_a_400_that_names_the_limit(start):
     server = start()
-    response = server.client.post("/v1/completions", json={"model": "some", "prompt": [5] * 9000, "max_tokens": 1})
+    response = server.client.post(
+        "/v1/completions", json={"model": "some", "prompt": [5] * 9000, "max_tokens": 1}
+    )
     assert response.status_code == 400
     error = response.json()["error"]
     assert error["code"] == "context_length_exceeded"
@@ -173,7 +185,13 @@ def test_a_prompt_over_the_context_is_a_400_that_names_the_limit(start):
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_slot_within_a_second(start, stream):
     server = start()
-    body = {"model": "some", "prompt": "Once upon a time", "max_tokens": 4000, "ignore_eos": True, "stream": stream}
+    body = {
+        "model": "some",
+        "prompt": "Once upon a time",
+        "max_tokens": 4000,
+        "ignore_eos": True,
+        "stream": stream,
+    }
     leaving = httpx.Client(base_url=server.url, timeout=0.7 if not stream else 30)
     if stream:
         with leaving.stream("POST", "/v1/completions", json=body) as response:

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from tokenizers import pre_tokenizers
 from torch.testing import assert_close
 
 from model.checkpoints.load import find_base_file
@@ -62,7 +63,9 @@ def greedy(base, token_ids, count):
 
 
 def test_logits_are_within_a_thousandth(real, reference):
-    token_ids = real.tokenizer.encode("def area(r):\n    return 3.14159 * r ** 2\n\nDie Fläche ist groß. " * 8)
+    token_ids = real.tokenizer.encode(
+        "def area(r):\n    return 3.14159 * r ** 2\n\nDie Fläche ist groß. " * 8
+    )
     cache = CacheBudget(real.transformer.config, 1024, torch.float32, torch.device("cpu")).reserve(1024)
     mine = real.transformer.logits(real.transformer.step([Segment(token_ids, 0, cache)]))
     with torch.inference_mode():
@@ -88,39 +91,74 @@ def test_greedy_text_is_identical_on_twenty_prompts(real, reference):
 def hard_strings():
     """200 strings that tokenizers disagree on: scripts, emoji, control characters, code, odd spaces."""
     pieces = [
-        "def f(x):\n\treturn x**2  # ok", "#include <a.h>\r\n", "naïve café", "日本語のテキスト", "🎉👩‍👩‍👧‍👦🏳️‍🌈",
-        "\x00\x01\x07\x1b[0m", "  leading", "trailing   ", "\n\n\n", "1234567890", "3.14e-10", "don't can't I'll",
-        "<|im_start|>user", "<|im_end|>", "<|endoftext|>", "Привет, мир", "مرحبا بالعالم", "שלום", "ไทย", "한국어",
-        "a\u0301e\u0308", "\u200b\u200d\ufeff", "\ud7ff\ue000", "ﬁ ligature", "€£¥", "→⇒∀x∈ℝ", "𝒳𝒴",
-        "http://a.b/c?d=e&f=%20", "{\"k\": [1, null]}", "\t\t\tx", "ÄÖÜß", "\u00a0nbsp\u2003em", "l'été", "___", "--->",
+        "def f(x):\n\treturn x**2  # ok",
+        "#include <a.h>\r\n",
+        "naïve café",
+        "日本語のテキスト",
+        "🎉👩‍👩‍👧‍👦🏳️‍🌈",
+        "\x00\x01\x07\x1b[0m",
+        "  leading",
+        "trailing   ",
+        "\n\n\n",
+        "1234567890",
+        "3.14e-10",
+        "don't can't I'll",
+        "<|im_start|>user",
+        "<|im_end|>",
+        "<|endoftext|>",
+        "Привет, мир",
+        "مرحبا بالعالم",
+        "שלום",
+        "ไทย",
+        "한국어",
+        "a\u0301e\u0308",
+        "\u200b\u200d\ufeff",
+        "\ud7ff\ue000",
+        "ﬁ ligature",
+        "€£¥",
+        "→⇒∀x∈ℝ",
+        "𝒳𝒴",
+        "http://a.b/c?d=e&f=%20",
+        '{"k": [1, null]}',
+        "\t\t\tx",
+        "ÄÖÜß",
+        "\u00a0nbsp\u2003em",
+        "l'été",
+        "___",
+        "--->",
     ]
     generator = random.Random(7)
-    return ["".join(generator.choices(pieces, k=generator.randint(1, 6))) for _ in range(200 - len(pieces))] + pieces
+    return [
+        "".join(generator.choices(pieces, k=generator.randint(1, 6))) for _ in range(200 - len(pieces))
+    ] + pieces
 
 
-def test_token_ids_are_identical_on_two_hundred_hard_strings(real, reference):
-    differing = [
-        text
-        for text in hard_strings()
-        if real.tokenizer.encode(text) != reference[1].encode(text, add_special_tokens=False)
-    ]
-    assert differing == []
+@pytest.fixture
+def declared_splitting(reference):
+    """transformers' tokenizer with the splitting that the file declares (`tokenizer.ggml.pre = smollm`).
 
-
-def test_numerals_of_other_scripts_are_split_as_the_file_says(real, reference):
-    """The file names llama.cpp's `smollm` splitting, which transformers drops: each numeral stands alone."""
-    from tokenizers import pre_tokenizers
-
+    The original SmolLM2 tokenizer and llama.cpp give every numeral a piece of its own before anything else;
+    transformers drops that when it reads a GGUF file.
+    """
     backend = reference[1].backend_tokenizer
     as_loaded = backend.pre_tokenizer
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), as_loaded]
     )
-    try:
-        for text in ("½ ² µ", "a ½ b", "٣ ٤", "x² + y² = 25", *hard_strings()):
-            assert real.tokenizer.encode(text) == backend.encode(text, add_special_tokens=False).ids
-    finally:
-        backend.pre_tokenizer = as_loaded
+    yield backend
+    backend.pre_tokenizer = as_loaded
+
+
+def test_token_ids_are_identical_on_two_hundred_hard_strings(real, declared_splitting):
+    for text in (*hard_strings(), "½ ² µ", "a ½ b", "٣ ٤", "x² + y² = 25"):
+        assert real.tokenizer.encode(text) == declared_splitting.encode(text, add_special_tokens=False).ids
+
+
+def test_token_ids_of_text_without_numerals_are_those_of_transformers_as_it_loads(real, reference):
+    texts = [text for text in hard_strings() if not any(character.isnumeric() for character in text)]
+    assert len(texts) > 100
+    for text in texts:
+        assert real.tokenizer.encode(text) == reference[1].encode(text, add_special_tokens=False)
 
 
 def test_text_survives_encoding_and_decoding(real):
@@ -137,5 +175,7 @@ def test_the_chat_template_renders_like_the_reference(real, reference):
         {"role": "user", "content": "Bye"},
     ]
     for conversation in (messages, messages[1:]):
-        expected = reference[1].apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
+        expected = reference[1].apply_chat_template(
+            conversation, add_generation_prompt=True, return_dict=False
+        )
         assert real.tokenizer.encode_chat(conversation) == expected

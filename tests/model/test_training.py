@@ -19,7 +19,9 @@ def windows():
     """Text in which every token is followed by its double: easy to learn, hard to guess."""
     starts = np.arange(40) % 96 + 1
     rows = [[(start * 2**i) % 97 for i in range(17)] for start in starts]
-    return {"doubling": WindowSet("doubling", np.array(rows, dtype=np.int32), np.arange(40, dtype=np.int32) // 8)}
+    return {
+        "doubling": WindowSet("doubling", np.array(rows, dtype=np.int32), np.arange(40, dtype=np.int32) // 8)
+    }
 
 
 def mean_loss(tiny, blocks, windows):
@@ -66,7 +68,9 @@ def test_what_is_trained_is_what_is_served(tiny):
 
 def test_without_blocks_the_upper_pass_is_the_base(tiny):
     tokens = torch.tensor([[(5 * i) % 97 for i in range(30)]])
-    losses, auxiliary = upper_loss(tiny.model, {}, lower_states(tiny.model, tokens[:, :-1], 1), tokens[:, 1:], 1)
+    losses, auxiliary = upper_loss(
+        tiny.model, {}, lower_states(tiny.model, tokens[:, :-1], 1), tokens[:, 1:], 1
+    )
     logits = tiny.logits(tokens[0, :-1].tolist(), plain=True)
     served = torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="none")
     assert_close(losses[0].detach(), served, atol=1e-4, rtol=1e-4)

@@ -37,11 +37,11 @@ def test_decoding_token_by_token_equals_reading_the_whole_text(tiny):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_sequence_has_the_same_bits_alone_and_beside_others(make_tiny, dtype):
     tiny = make_tiny(dtype)
-    prompts = [[(start + 3 * i) % 97 for i in range(length)] for start, length in ((1, 9), (2, 30), (5, 17), (8, 1))]
+    prompts = [
+        [(start + 3 * i) % 97 for i in range(length)] for start, length in ((1, 9), (2, 30), (5, 17), (8, 1))
+    ]
     alone = [tiny.model.step([tiny.segment(p)]) for p in prompts]
-    together = tiny.model.step(
-        [tiny.segment(prompts[0], plain=True), *(tiny.segment(p) for p in prompts)]
-    )
+    together = tiny.model.step([tiny.segment(prompts[0], plain=True), *(tiny.segment(p) for p in prompts)])
     at = len(prompts[0])
     for rows in alone:
         assert torch.equal(together[at : at + len(rows)], rows)
