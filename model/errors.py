@@ -2,8 +2,7 @@
 
 ModelError
 ├── CheckpointError      a weight file is missing, truncated or of the wrong shape
-├── ChatTemplateError    the template refuses these messages
-└── UnknownVariant       no blocks of that name
+└── ChatTemplateError    the template refuses these messages
 """
 
 
@@ -17,7 +16,3 @@ class CheckpointError(ModelError):
 
 class ChatTemplateError(ModelError):
     """The chat template refuses the messages."""
-
-
-class UnknownVariant(ModelError):
-    """A sequence asks for expert blocks that are not loaded."""

@@ -130,7 +130,7 @@ class Transformer:
         """
         count = len(hidden)
         hidden = F.pad(hidden, (0, 0, 0, -count % ROW_MULTIPLE[self.dtype]))
-        normed = F.rms_norm(hidden, self.final_norm.shape, self.final_norm.float(), self.config.rms_norm_eps)
+        normed = F.rms_norm(hidden, self.final_norm.shape, self.final_norm, self.config.rms_norm_eps)
         logits = F.linear(normed.to(self.dtype), self.embedding).float()
         if self.dtype != torch.float32:
             likeliest = logits.topk(EXACT_LOGITS, dim=1).indices  # (n, EXACT_LOGITS)
@@ -142,7 +142,7 @@ class Transformer:
         return self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
 
     def _norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(hidden, weight.shape, weight.float(), self.config.rms_norm_eps).to(self.dtype)
+        return F.rms_norm(hidden, weight.shape, weight, self.config.rms_norm_eps).to(self.dtype)
 
     def _plan(
         self, segments: Sequence[Segment]

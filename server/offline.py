@@ -50,8 +50,7 @@ def train_variant(
     _build_chat(base, data, "train", chat_tokens)
     start = load_blocks(initial, SOME_BLOCKS.hidden_size)[1] if initial else None
     config = TrainingConfig(epochs=epochs, learning_rate=learning_rate)
-    cache = data / f"layer-{SOME_BLOCKS.layers[0]}.u16"
-    train(base.transformer, SOME_BLOCKS, config, load(data, "train"), run, cache, start)
+    train(base.transformer, SOME_BLOCKS, config, load(data, "train"), run, data / "lower", start)
     click.echo(f"trained blocks are in {run / 'blocks'}")
 
 

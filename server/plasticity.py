@@ -83,6 +83,11 @@ class Teacher:
                 scope, window = self._open.popitem(last=False)
                 self._submit(scope, window, window.tokens)
 
+    def discard(self, scope: ScopeId) -> None:
+        """Drop the scope's open window: its credit was earned with keys that are being replaced."""
+        with self._lock:
+            self._open.pop(scope, None)
+
     def _rows(self, lesson: Lesson) -> dict[int, Rows]:
         count = len(lesson.targets)
         direct = self._gravity.rule == "direct"

@@ -67,7 +67,8 @@ def load_base(
 
 
 def assemble(config: ModelConfig, weights: dict[str, Tensor]) -> Transformer:
-    """A model from weights under our own names."""
+    """A model from weights under our own names. Norm weights are float32, as the residual stream is."""
+    weights = {name: weight.float() if name.endswith("norm") else weight for name, weight in weights.items()}
     layers = [
         LayerWeights(**{field.name: weights[f"layers.{i}.{field.name}"] for field in fields(LayerWeights)})
         for i in range(config.num_hidden_layers)

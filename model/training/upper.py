@@ -4,6 +4,7 @@ Below the first block everything is frozen and does not depend on any block, so 
 window and kept. B windows, T tokens of each, H hidden.
 """
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -59,13 +60,16 @@ def upper_loss(
 class LowerStates:
     """Lower-layer outputs of a window set, computed on first use and kept in a memory-mapped file.
 
-    Kept as raw 16-bit words, so every later epoch, learning rate and variant reads what the first computed.
+    Kept as raw 16-bit words, so every later epoch, learning rate and variant reads what the first computed. The
+    file is named for the windows it belongs to.
     """
 
-    def __init__(self, model: Transformer, tokens: Tensor, first_block: int, path: Path):
+    def __init__(self, model: Transformer, tokens: Tensor, first_block: int, folder: Path):
         self._model, self._tokens, self._first_block = model, tokens, first_block
         shape = (len(tokens), tokens.shape[1], model.config.hidden_size)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        digest = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]
+        path = folder / f"layer-{first_block}-{digest}.u16"
         mode = "r+" if path.is_file() else "w+"
         self._states = np.memmap(path, dtype=np.uint16, mode=mode, shape=shape)
         self._known_path = path.with_suffix(".known")

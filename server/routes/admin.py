@@ -30,6 +30,7 @@ def unfreeze(request: Request, endpoint: str, body: FreezeBody | None = None) ->
 def rollback(request: Request, endpoint: str, body: RollbackBody) -> Response:
     """Publish an old version's keys as a new version."""
     plasticity, scope = _target(request, endpoint, body.scope)
+    plasticity.teacher.discard(scope)
     version = plasticity.store.rollback(scope, body.to_version, if_version=body.if_version)
     return json_response({"endpoint": endpoint, "scope": str(scope), "version": version})
 
@@ -39,6 +40,7 @@ def reset(request: Request, endpoint: str, body: ResetBody | None = None) -> Res
     """Publish the anchors as a new version."""
     wanted = body or ResetBody()
     plasticity, scope = _target(request, endpoint, wanted.scope)
+    plasticity.teacher.discard(scope)
     version = plasticity.store.reset(scope, if_version=wanted.if_version)
     return json_response({"endpoint": endpoint, "scope": str(scope), "version": version})
 

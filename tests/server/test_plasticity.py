@@ -93,6 +93,13 @@ def test_what_does_not_fill_a_window_waits_for_the_flush(tiny, store):
     assert len(recorder.windows) == 3
 
 
+def test_a_discarded_window_never_teaches(tiny, store):
+    recorder, teacher = windows_of(tiny, store, [80])
+    teacher.discard(TENANT)
+    teacher.flush()
+    assert [w.tokens for w in recorder.windows] == [32, 32]
+
+
 def test_the_literal_rule_counts_and_sums_plain_queries(tiny, store):
     recorder, _ = windows_of(tiny, store, [80], rule="literal")
     trace = next(lessons(tiny, [32])).trace.by_layer[1]
@@ -132,3 +139,23 @@ def test_moving_along_credit_lowers_the_loss_of_the_text_that_taught(tiny, store
         store.consolidate_once()
     assert store.view(TENANT).version > 0
     assert loss(store.view(TENANT)) < before
+
+
+def test_a_tenants_logits_are_bit_identical_whatever_another_tenant_teaches(tiny, store):
+    other = ScopeId("tenant", "other")
+    teacher = Teacher(tiny.model, store, GravityConfig(window_tokens=16), 8)
+
+    def hidden_of(scope, *beside):
+        own = replace(tiny.segment(TOKENS[:50]), keys=store.view(scope))
+        return tiny.model.step([own, *beside])[:50]
+
+    before = hidden_of(TENANT)
+    for lesson in lessons(tiny, [80]):
+        for _ in range(50):
+            teacher.take(other, lesson)
+    store.consolidate_once()
+    assert store.view(other).version > 0
+    assert torch.equal(hidden_of(TENANT), before)
+    neighbour = replace(tiny.segment(TOKENS[:37]), keys=store.view(other))
+    assert torch.equal(hidden_of(TENANT, neighbour), before)
+    assert not torch.equal(hidden_of(other), before)
