@@ -5,6 +5,7 @@ its own variant. Weights and products may be bfloat16; the residual stream is al
 halves the error. R rows (padded), H hidden, V vocabulary.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from model.blocks.base import BlockSpan, ExpertBlock, ExpertUsage, RoutingTrace
 from model.config import ModelConfig
 from model.keys import KeyView
 from model.kv_cache import SequenceCache
+from model.projection import Projection
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -30,11 +32,11 @@ class LayerWeights:
     """One decoder layer. Fused projections: qkv (Q + 2G heads, H), gate_up (2 * intermediate, H)."""
 
     input_norm: Tensor
-    qkv_proj: Tensor
-    o_proj: Tensor
+    qkv_proj: Projection
+    o_proj: Projection
     post_attention_norm: Tensor
-    gate_up_proj: Tensor
-    down_proj: Tensor
+    gate_up_proj: Projection
+    down_proj: Projection
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,17 +85,23 @@ class Transformer:
     def step(self, segments: Sequence[Segment]) -> Tensor:
         """Hidden states before the final norm, one row per token in segment order, (tokens, H).
 
-        Segments of one variant must be neighbours; each one's cache takes in its keys and values.
+        Decoding segments come first, and segments of one variant beside each other; each one's cache takes in
+        its keys and values.
         """
         token_ids = [token for segment in segments for token in segment.token_ids]
         positions = [segment.start + i for segment in segments for i in range(len(segment.token_ids))]
-        padding = [0] * (-len(token_ids) % ROW_MULTIPLE[self.dtype])
+        decode_rows = self._decode_rows(segments)
+        padding = [0] * (-(len(token_ids) - decode_rows) % ROW_MULTIPLE[self.dtype])
         rope = self.rope_at(torch.tensor(positions + padding, device=self.device))
         hidden = self.embed(torch.tensor(token_ids + padding, device=self.device))
         spans, groups = self._plan(segments)
         for index, layer in enumerate(self.layers):
             hidden = self.layer(
-                hidden, layer, rope, lambda q, k, v, index=index: attend_cached(q, k, v, index, spans)
+                hidden,
+                layer,
+                rope,
+                lambda q, k, v, index=index: attend_cached(q, k, v, index, spans),
+                decode_rows,
             )
             for variant, first, end, block_spans in groups:
                 block = variant.blocks.get(index)
@@ -107,19 +115,27 @@ class Transformer:
         return F.embedding(token_ids, self.embedding).float()
 
     def layer(
-        self, hidden: Tensor, weights: LayerWeights, rope: tuple[Tensor, Tensor], attend: Attend
+        self,
+        hidden: Tensor,
+        weights: LayerWeights,
+        rope: tuple[Tensor, Tensor],
+        attend: Attend,
+        decode_rows: int = 0,
     ) -> Tensor:
-        """One decoder layer over rows (R, H) float32; `attend` maps rotated q, k and v (R, heads, D) to (R, H)."""
+        """One decoder layer over rows (R, H) float32; `attend` maps rotated q, k and v (R, heads, D) to (R, H).
+
+        The first `decode_rows` take the 4-bit products.
+        """
         config = self.config
         normed = self._norm(hidden, weights.input_norm)
-        qkv = F.linear(normed, weights.qkv_proj)
+        qkv = weights.qkv_proj(normed, decode_rows)
         sizes = [config.query_size + config.key_value_size, config.key_value_size]
         qk, v = (part.unflatten(1, (-1, config.head_dim)) for part in qkv.split(sizes, dim=1))
         q, k = rotate(qk, *rope).split([config.num_attention_heads, config.num_key_value_heads], dim=1)
-        hidden = hidden + F.linear(attend(q, k, v), weights.o_proj)
+        hidden = hidden + weights.o_proj(attend(q, k, v), decode_rows)
         normed = self._norm(hidden, weights.post_attention_norm)
-        gate, up = F.linear(normed, weights.gate_up_proj).chunk(2, dim=1)
-        return hidden + F.linear(F.silu(gate) * up, weights.down_proj)
+        gate, up = weights.gate_up_proj(normed, decode_rows).chunk(2, dim=1)
+        return hidden + weights.down_proj(F.silu(gate) * up, decode_rows)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -143,6 +159,14 @@ class Transformer:
 
     def _norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(hidden, weight.shape, weight, self.config.rms_norm_eps).to(self.dtype)
+
+    def _decode_rows(self, segments: Sequence[Segment]) -> int:
+        """How many leading rows take the 4-bit products: those being written, if this model has such products."""
+        if self.layers[0].qkv_proj.int4 is None:
+            return 0
+        leading = list(itertools.takewhile(lambda segment: segment.decode, segments))
+        assert not any(s.decode for s in segments[len(leading) :]), "decoding segments come first"
+        return sum(len(segment.token_ids) for segment in leading)
 
     def _plan(
         self, segments: Sequence[Segment]

@@ -1,6 +1,7 @@
 """The command line: reads arguments, calls the part that does the work, prints what a person wants to know."""
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -37,10 +38,15 @@ def serve(config_file: Path | None, data_dir: Path | None, **listen: Any) -> Non
             f"refusing to listen on {settings.server.host} without API keys: configure server.api_keys, "
             "listen on 127.0.0.1, or pass --insecure"
         )
+    processors = os.sched_getaffinity(0)
+    if settings.engine.threads != 1:
+        # The engine's compute threads wait for each other at every product. Left to itself the kernel often wakes
+        # one on the other's processor, which costs a third of the throughput (docs/performance.md).
+        os.environ.setdefault("OMP_PROC_BIND", "true")
     # Torch and FAISS take a second to import: only the command that needs them pays for it.
     from server.start import serve_until_signal
 
-    serve_until_signal(settings, started)
+    serve_until_signal(settings, started, processors)
 
 
 @main.group()

@@ -1,6 +1,7 @@
 """`libration serve`: everything brought together, from settings to the last answer."""
 
 import logging
+import os
 import time
 from importlib.metadata import version
 
@@ -22,8 +23,12 @@ from server.state import ServerState
 logger = logging.getLogger(__name__)
 
 
-def serve_until_signal(settings: Settings, started: float) -> None:
-    """Load, listen, and come back when a signal has ended it. `started`: monotonic time of the process's start."""
+def serve_until_signal(settings: Settings, started: float, processors: set[int]) -> None:
+    """Load, listen, and come back when a signal has ended it. `started`: monotonic time of the process's start.
+
+    `processors`: what this process may run on, as it was before torch was imported.
+    """
+    os.sched_setaffinity(0, processors)  # with OMP_PROC_BIND, importing torch has bound this thread
     configure_logging()
     metrics = Metrics()
     try:
@@ -31,6 +36,9 @@ def serve_until_signal(settings: Settings, started: float) -> None:
         parts = build(settings, metrics.observers(), conversion_progress())
     except (ModelError, KeyStoreError, OSError, ValueError) as error:
         raise click.ClickException(str(error)) from error
+    # This thread serves HTTP from here on, and the threads that it starts inherit its processors: only the
+    # engine's are bound, by their own first product.
+    os.sched_setaffinity(0, processors)
     metrics.watch(parts.registry, version("libration"))
     state = ServerState(
         registry=parts.registry,

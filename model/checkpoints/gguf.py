@@ -65,6 +65,25 @@ class GGUFFile:
         values = np.array(gguf.dequantize(found.data, found.tensor_type), dtype=np.float32)
         return torch.from_numpy(values).reshape(shape)
 
+    def quants(self, name: str, shape: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
+        """A Q4_1 matrix as it is stored: quants (N, M) uint8, scales and zeros (N, M / 32, 2) float32.
+
+        A block of 32 inputs is a scale d, a minimum m and 16 bytes, low nibbles first: w = d q + m, which is
+        d (q - 8) + (m + 8 d). None for other types.
+        """
+        found = self._tensors.get(name)
+        if found is None or found.tensor_type != gguf.GGMLQuantizationType.Q4_1:
+            return None
+        rows, columns = shape
+        blocks = np.asarray(found.data).view(np.uint8).reshape(rows, columns // 32, 20)
+        scale, minimum = (
+            np.ascontiguousarray(blocks[..., at : at + 2]).view(np.float16)[..., 0].astype(np.float32)
+            for at in (0, 2)
+        )
+        nibbles = np.concatenate((blocks[..., 4:] & 15, blocks[..., 4:] >> 4), axis=-1)
+        pairs = np.stack((scale, minimum + 8 * scale), axis=-1)
+        return torch.from_numpy(nibbles.reshape(shape)), torch.from_numpy(pairs)
+
     def weights(
         self, config: ModelConfig, progress: Callable[[int, int], None]
     ) -> Iterator[tuple[str, Tensor]]:
@@ -85,13 +104,37 @@ class GGUFFile:
         for layer in range(config.num_hidden_layers):
             progress(layer, config.num_hidden_layers)
             for ours, theirs in names.GGUF_LAYER.items():
+                prefixed = {f"blk.{layer}.{name}": shapes[name] for name in theirs}
+                yield from self._fused_quants(f"layers.{layer}.{ours}", prefixed, config.head_dim)
                 parts = [self._part(f"blk.{layer}.", name, shapes[name], config.head_dim) for name in theirs]
                 yield f"layers.{layer}.{ours}", torch.cat(parts)
         yield "final_norm", self.tensor(names.GGUF_FINAL_NORM, (hidden,))
         progress(config.num_hidden_layers, config.num_hidden_layers)
 
+    def _fused_quants(
+        self, ours: str, theirs: dict[str, tuple[int, ...]], head_dim: int
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The fused 4-bit form of a projection, if every part of it is stored in 4 bits.
+
+        `.quants` (N, M) uint8 and `.scales` (M / 32, N, 2) bfloat16, as model.projection takes them.
+        """
+        quants: list[Tensor] = []
+        scales: list[Tensor] = []
+        for name, shape in theirs.items():
+            found = self.quants(name, shape)
+            if found is None:
+                return
+            rotary = name.endswith(names.GGUF_ROTARY)
+            quants.append(_halves(found[0], head_dim) if rotary else found[0])
+            scales.append(_halves(found[1], head_dim) if rotary else found[1])
+        yield f"{ours}.quants", torch.cat(quants)
+        yield f"{ours}.scales", torch.cat(scales).transpose(0, 1).bfloat16().contiguous()
+
     def _part(self, prefix: str, name: str, shape: tuple[int, ...], head_dim: int) -> Tensor:
         weight = self.tensor(prefix + name, shape)
-        if name in names.GGUF_ROTARY:
-            weight = weight.view(-1, head_dim // 2, 2, shape[1]).transpose(1, 2).reshape(shape)
-        return weight
+        return _halves(weight, head_dim) if name in names.GGUF_ROTARY else weight
+
+
+def _halves(rows: Tensor, head_dim: int) -> Tensor:
+    """Rows (first dimension) of rotary heads from GGUF's interleaved pairs back into two halves."""
+    return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).reshape(rows.shape)

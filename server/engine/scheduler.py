@@ -41,7 +41,10 @@ class Scheduler:
         return sequence
 
     def plan(self) -> list[tuple[Sequence, int]]:
-        """The next batch: sequences with their number of tokens, those of one variant beside each other."""
+        """The next batch: sequences with their number of tokens, those that write before those that read.
+
+        Within both, sequences of one variant are beside each other.
+        """
         work = [(sequence, 1) for sequence in self.running if sequence.decoding]
         prompt_tokens = 0
         for sequence in self.running:
@@ -52,7 +55,7 @@ class Scheduler:
                 break
             work.append((sequence, chunk))
             prompt_tokens += chunk
-        return sorted(work, key=lambda item: (item[0].variant or "", item[1] > 1))
+        return sorted(work, key=lambda item: (not item[0].decoding, item[0].variant or ""))
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a finished or cancelled sequence, running or waiting."""
