@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.blocks.base import BlockConfig, BlockSpan, ExpertBlock, ExpertUsage, LayerTrace
-from model.blocks.experts import padded_linear, run_experts
+from model.blocks.experts import one_thread, padded_linear, run_experts
 
 BALANCE_LOSS_COEF = 0.01  # Switch Transformers section 2.2: E sum f_e P_e
 ROUTER_Z_LOSS_COEF = 0.001  # ST-MoE section 2: mean logsumexp^2
@@ -31,6 +31,10 @@ class SomeBlock(ExpertBlock):
         self._frozen_experts: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
 
     def serve(self, hidden: Tensor, layer: int, spans: Sequence[BlockSpan], usage: ExpertUsage) -> Tensor:
+        with one_thread():
+            return self._serve(hidden, layer, spans, usage)
+
+    def _serve(self, hidden: Tensor, layer: int, spans: Sequence[BlockSpan], usage: ExpertUsage) -> Tensor:
         normed, queries = self._queries(hidden)
         scores, expert_ids = self._search(queries, layer, spans, usage)
         gates = scores.softmax(-1)
