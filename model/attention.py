@@ -60,14 +60,16 @@ def attend_cached(
         end = start + length
         layer_keys, layer_values = cache.keys[layer], cache.values[layer]
         if length == 1:
-            layer_keys[:, start] = key[row]
-            layer_values[:, start] = value[row]
+            layer_keys.select(1, start).copy_(key[row])
+            layer_values.select(1, start).copy_(value[row])
             # The query heads that share a key/value head become rows of one small attention: (1, G, Q/G, D).
             grouped = query[row].view(1, -1, group, head_dim)
             result = F.scaled_dot_product_attention(
-                grouped, layer_keys[None, :, :end], layer_values[None, :, :end]
+                grouped,
+                layer_keys.narrow(1, 0, end).unsqueeze(0),
+                layer_values.narrow(1, 0, end).unsqueeze(0),
             )
-            attended[row] = result.view(num_query_heads, head_dim)
+            attended[row].copy_(result.view(num_query_heads, head_dim))
             continue
         rows = slice(row, row + length)
         layer_keys[:, start:end] = key[rows].transpose(0, 1)
