@@ -4,6 +4,7 @@ R rows of a batch, Q query heads, G key/value heads, D head_dim, L positions in 
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,9 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.kv_cache import SequenceCache
+from model.threads import one_thread
+
+SHORT_CONTEXT = 512  # positions up to which one thread attends faster than two that wait for each other
 
 
 def rope_table(config: ModelConfig, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -53,37 +57,50 @@ def attend_cached(
     Each sequence is computed by itself, so its result does not depend on its neighbours in the batch.
     Returns (R, Q * D); rows outside every span are zero.
     """
+    attended = torch.zeros_like(query)
+    small = all(length == 1 and start < SHORT_CONTEXT for _, length, start, _, _ in spans)
+    with one_thread() if small else nullcontext():
+        for span in spans:
+            _attend_one(query, key, value, layer, span, attended)
+    return attended.flatten(1)
+
+
+def _attend_one(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layer: int,
+    span: tuple[int, int, int, SequenceCache, Tensor | None],
+    attended: Tensor,
+) -> None:
+    """One sequence's rows: keys and values into its cache, results into its rows of `attended`."""
+    row, length, start, cache, mask = span
     _, num_query_heads, head_dim = query.shape
     group = num_query_heads // key.shape[1]
-    attended = torch.zeros_like(query)
-    for row, length, start, cache, mask in spans:
-        end = start + length
-        layer_keys, layer_values = cache.keys[layer], cache.values[layer]
-        if length == 1:
-            layer_keys.select(1, start).copy_(key[row])
-            layer_values.select(1, start).copy_(value[row])
-            # The query heads that share a key/value head become rows of one small attention: (1, G, Q/G, D).
-            grouped = query[row].view(1, -1, group, head_dim)
-            result = F.scaled_dot_product_attention(
-                grouped,
-                layer_keys.narrow(1, 0, end).unsqueeze(0),
-                layer_values.narrow(1, 0, end).unsqueeze(0),
-            )
-            attended[row].copy_(result.view(num_query_heads, head_dim))
-            continue
-        rows = slice(row, row + length)
-        layer_keys[:, start:end] = key[rows].transpose(0, 1)
-        layer_values[:, start:end] = value[rows].transpose(0, 1)
+    end = start + length
+    layer_keys, layer_values = cache.keys[layer], cache.values[layer]
+    if length == 1:
+        layer_keys.select(1, start).copy_(key[row])
+        layer_values.select(1, start).copy_(value[row])
+        # The query heads that share a key/value head become rows of one small attention: (1, G, Q/G, D).
+        grouped = query[row].view(1, -1, group, head_dim)
         result = F.scaled_dot_product_attention(
-            query[rows].transpose(0, 1)[None],
-            layer_keys[None, :, :end],
-            layer_values[None, :, :end],
-            attn_mask=mask,
-            is_causal=mask is None,
-            enable_gqa=True,
+            grouped, layer_keys.narrow(1, 0, end).unsqueeze(0), layer_values.narrow(1, 0, end).unsqueeze(0)
         )
-        attended[rows] = result[0].transpose(0, 1)
-    return attended.flatten(1)
+        attended[row].copy_(result.view(num_query_heads, head_dim))
+        return
+    rows = slice(row, row + length)
+    layer_keys[:, start:end] = key[rows].transpose(0, 1)
+    layer_values[:, start:end] = value[rows].transpose(0, 1)
+    result = F.scaled_dot_product_attention(
+        query[rows].transpose(0, 1)[None],
+        layer_keys[None, :, :end],
+        layer_values[None, :, :end],
+        attn_mask=mask,
+        is_causal=mask is None,
+        enable_gqa=True,
+    )
+    attended[rows] = result[0].transpose(0, 1)
 
 
 def attend_whole(query: Tensor, key: Tensor, value: Tensor, batch_size: int) -> Tensor:

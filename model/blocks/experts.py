@@ -3,8 +3,7 @@
 T tokens, K experts per token, E experts, H hidden, F expert width.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,17 +13,6 @@ from torch import Tensor
 # hold, which single rows and odd counts do not. Activations are alike only while 32 divides rows x width, so
 # expert widths are multiples of 8. Both measured: tests/model/test_experts.py.
 ROW_MULTIPLE = 4
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute on the calling thread alone: at an expert's size, threads wait for each other longer than they work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def pad_rows(rows: Tensor) -> Tensor:

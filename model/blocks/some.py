@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.blocks.base import BlockConfig, BlockSpan, ExpertBlock, ExpertUsage, LayerTrace
-from model.blocks.experts import one_thread, padded_linear, run_experts
+from model.blocks.experts import padded_linear, run_experts
+from model.threads import one_thread
 
 BALANCE_LOSS_COEF = 0.01  # Switch Transformers section 2.2: E sum f_e P_e
 ROUTER_Z_LOSS_COEF = 0.001  # ST-MoE section 2: mean logsumexp^2
