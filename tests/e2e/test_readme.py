@@ -46,7 +46,7 @@ def test_the_python_example_streams_an_answer(start):
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=180, check=True
     )
-    assert len(done.stdout) > 40
+    assert done.stdout.strip()
 
 
 def test_the_two_commands_are_targets_of_the_makefile():
