@@ -2,6 +2,7 @@
 
 ModelError
 ├── CheckpointError      a weight file is missing, truncated or of the wrong shape
+├── UnsupportedConfig    a configuration names a choice that does not exist or cannot be had
 └── ChatTemplateError    the template refuses these messages
 """
 
@@ -12,6 +13,10 @@ class ModelError(Exception):
 
 class CheckpointError(ModelError):
     """A weight file cannot be used; the message names the file and the tensor."""
+
+
+class UnsupportedConfig(ModelError):
+    """A configuration asks for what does not exist or cannot be had; the message says what is allowed."""
 
 
 class ChatTemplateError(ModelError):

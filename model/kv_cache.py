@@ -1,10 +1,10 @@
-"""Memory for the keys and values of running sequences, reserved whole when a sequence is admitted.
+"""What layers remember of running sequences, reserved whole when a sequence is admitted.
 
 A reservation is one pair of tensors sized for the prompt and everything it may generate, so a running
 sequence never waits for memory and is never preempted. Pages are touched only as positions fill up.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ class SequenceCache:
 
     keys: Tensor  # (layers, kv_heads, capacity, head_dim)
     values: Tensor  # (layers, kv_heads, capacity, head_dim)
+    # Constant-size float32 state of expert blocks with memory, by layer; the block makes it at position 0.
+    block_states: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
 
     @property
     def capacity(self) -> int:

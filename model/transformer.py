@@ -55,9 +55,10 @@ class Segment:
     start: int  # position of the first token
     cache: SequenceCache
     variant: Variant | None = None  # None: the untouched base
-    keys: KeyView | None = None  # required with a variant
+    keys: KeyView | None = None  # required by plastic blocks
     trace: RoutingTrace | None = None
     decode: bool = False
+    flow_steps: int | None = None  # integration steps of flow-matching experts; None: the variant's own
 
 
 class Transformer:
@@ -183,12 +184,20 @@ class Transformer:
             mask = causal_mask(segment.start, length, self.dtype, self.device)
             spans.append((row, length, segment.start, segment.cache, mask))
             if segment.variant is not None:
-                assert segment.keys is not None, "a variant's segment needs a key view"
                 if not groups or groups[-1][0] is not segment.variant or groups[-1][2] != row:
                     groups.append((segment.variant, row, row, []))
                 variant, first, _, members = groups.pop()
                 members.append(
-                    BlockSpan(row - first, row - first + length, segment.keys, segment.trace, segment.decode)
+                    BlockSpan(
+                        first=row - first,
+                        end=row - first + length,
+                        start=segment.start,
+                        keys=segment.keys,
+                        trace=segment.trace,
+                        decode=segment.decode,
+                        state=segment.cache.block_states,
+                        flow_steps=segment.flow_steps,
+                    )
                 )
                 groups.append((variant, first, row + length, members))
             row += length

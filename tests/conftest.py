@@ -10,6 +10,10 @@ from torch import Tensor
 
 from model.blocks import build_block
 from model.blocks.base import BlockConfig, ExpertBlock, ExpertUsage
+from model.blocks.fm_moe import FmMoeConfig
+from model.blocks.moe import MoeConfig
+from model.blocks.mom import MomConfig
+from model.blocks.some import SomeConfig
 from model.checkpoints.load import BaseModel, assemble, find_base_file, load_base
 from model.config import ModelConfig
 from model.keys import AnchorKeys
@@ -30,16 +34,22 @@ TINY = ModelConfig(
     bos_token_id=1,
     eos_token_id=2,
 )
-TINY_BLOCKS = BlockConfig(
-    kind="some",
-    layers=(1, 2),
-    hidden_size=32,
-    num_experts=8,
-    num_experts_per_tok=2,
-    expert_size=8,
-    key_size=16,
-    rms_norm_eps=1e-5,
+SIZES = {"layers": (1, 2), "hidden_size": 32}
+TINY_BLOCKS = SomeConfig(
+    kind="some", **SIZES, num_experts=8, num_experts_per_tok=2, expert_size=8, key_size=16
 )
+TINY_VARIANTS: dict[str, BlockConfig] = {
+    "some": TINY_BLOCKS,
+    "moe": MoeConfig(kind="moe", **SIZES, num_experts=8, num_experts_per_tok=2, expert_size=8),
+    "mom": MomConfig(kind="mom", **SIZES, num_experts=4, num_experts_per_tok=2, expert_size=24),
+    "mom-flow-attention": MomConfig(
+        kind="mom", **SIZES, num_experts=4, num_experts_per_tok=2, expert_size=24, attention="flow"
+    ),
+    "fm-moe": FmMoeConfig(
+        kind="fm-moe", **SIZES, num_experts=4, num_experts_per_tok=2, expert_size=16, time_embed_size=8
+    ),
+    "ffn": BlockConfig(kind="ffn", **SIZES, num_experts=1, num_experts_per_tok=1, expert_size=16),
+}
 
 
 def random_weights(config: ModelConfig, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -70,7 +80,9 @@ def trained_blocks(config: BlockConfig = TINY_BLOCKS) -> dict[int, ExpertBlock]:
     torch.manual_seed(1)
     blocks = {layer: build_block(config).requires_grad_(requires_grad=False) for layer in config.layers}
     for block in blocks.values():
-        torch.nn.init.normal_(block.get_parameter("up_proj"), std=0.3)
+        for parameter in block.parameters():
+            if not parameter.any():  # what makes a fresh block contribute nothing
+                torch.nn.init.normal_(parameter, std=0.3)
     return blocks
 
 
@@ -81,7 +93,7 @@ class Tiny:
     model: Transformer
     blocks: dict[int, ExpertBlock]
     variant: Variant
-    keys: AnchorKeys
+    keys: AnchorKeys | None  # None where the variant has no routing keys
 
     def cache(self, capacity: int = 128) -> SequenceCache:
         return CacheBudget(self.model.config, capacity, self.model.dtype, self.model.device).reserve(capacity)
@@ -101,18 +113,39 @@ class Tiny:
         return self.model.logits(torch.cat(rows))
 
 
-def make_tiny(dtype: torch.dtype, **sizes: int) -> Tiny:
+def make_tiny(dtype: torch.dtype, variant: str = "some", **sizes: int) -> Tiny:
     config = replace(TINY, **sizes)
     model = assemble(config, random_weights(config, dtype))
-    blocks = trained_blocks()
-    usage = ExpertUsage(TINY_BLOCKS.layers, TINY_BLOCKS.num_experts)
-    anchors = {layer: block.get_parameter("anchors").numpy() for layer, block in blocks.items()}
-    return Tiny(model, blocks, Variant(blocks, usage), AnchorKeys(anchors))
+    block_config = TINY_VARIANTS[variant]
+    blocks = trained_blocks(block_config)
+    anchors = {
+        layer: block.get_parameter("anchors").numpy()
+        for layer, block in blocks.items()
+        if block_config.kind == "some"
+    }
+    served = Variant(blocks, ExpertUsage.of(block_config))
+    return Tiny(model, blocks, served, AnchorKeys(anchors) if anchors else None)
 
 
 @pytest.fixture(name="make_tiny", scope="session")
 def make_tiny_fixture() -> Callable[..., Tiny]:
     return make_tiny
+
+
+@pytest.fixture(params=TINY_VARIANTS)
+def variant(request: pytest.FixtureRequest) -> str:
+    """Every variant in turn."""
+    return request.param
+
+
+@pytest.fixture
+def block_config(variant: str) -> BlockConfig:
+    return TINY_VARIANTS[variant]
+
+
+@pytest.fixture
+def every_tiny(variant: str) -> Tiny:
+    return make_tiny(torch.float32, variant)
 
 
 @pytest.fixture

@@ -1,20 +1,22 @@
 """What every expert block has in common: its configuration, its rows of a batch, and what it leaves behind."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from model.keys import KeyView
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BlockConfig:
-    """One variant: the kind of its blocks, the layers that carry one, and their sizes."""
+    """One variant: the kind of its blocks, the layers that carry one, and the sizes that all kinds have."""
 
     kind: str
     layers: tuple[int, ...]
@@ -22,8 +24,7 @@ class BlockConfig:
     num_experts: int
     num_experts_per_tok: int
     expert_size: int  # width of one expert's hidden layer
-    key_size: int
-    rms_norm_eps: float
+    rms_norm_eps: float = 1e-5
 
 
 @dataclass(slots=True)
@@ -46,13 +47,16 @@ class RoutingTrace:
 
 @dataclass(slots=True)
 class BlockSpan:
-    """Consecutive rows of one sequence: which keys they see, and what is to be remembered of them."""
+    """Consecutive rows of one sequence: where they stand in it, what they see, what is to be remembered."""
 
     first: int
     end: int
-    keys: KeyView
+    start: int  # position of the first row in its sequence
+    keys: KeyView | None  # plastic blocks need one
     trace: RoutingTrace | None
     decode: bool
+    state: dict[int, Tensor]  # what blocks with memory keep of the sequence, by layer
+    flow_steps: int | None = None  # integration steps of flow-matching experts; None: the variant's own
 
 
 class ExpertUsage:
@@ -60,10 +64,15 @@ class ExpertUsage:
 
     PHASES = ("prefill", "decode")
 
-    def __init__(self, layers: Sequence[int], num_experts: int):
+    def __init__(self, layers: Sequence[int], num_experts: int, num_experts_per_tok: int = 1):
         self.layers = tuple(layers)
+        self.num_experts_per_tok = num_experts_per_tok
         self._index = {layer: i for i, layer in enumerate(self.layers)}
         self.counts: NDArray[np.int64] = np.zeros((2, len(self.layers), num_experts), dtype=np.int64)
+
+    @classmethod
+    def of(cls, config: BlockConfig) -> "ExpertUsage":
+        return cls(config.layers, config.num_experts, config.num_experts_per_tok)
 
     def add(self, layer: int, expert_ids: NDArray[np.int64], *, decode: bool) -> None:
         row = self.counts[int(decode), self._index[layer]]
@@ -72,6 +81,9 @@ class ExpertUsage:
 
 class ExpertBlock(nn.Module):
     """A residual block behind a layer's FFN: `hidden + block(hidden)`. Blocks compute in float32."""
+
+    # Learning rates relative to the rest, by parameter name: a scalar that starts at zero must not wait for Adam.
+    rate_scale: ClassVar[Mapping[str, float]] = {}
 
     def __init__(self, config: BlockConfig):
         super().__init__()
@@ -84,4 +96,25 @@ class ExpertBlock(nn.Module):
 
     @abstractmethod
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Training: contribution (T, H) float32 and the auxiliary loss, routing by the trainable anchors."""
+        """Training on whole windows: (B, T, H) -> contribution (B, T, H) float32 and the auxiliary loss."""
+
+    @abstractmethod
+    def active_parameters(self) -> int:
+        """How many parameters one token passes through."""
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """RMSNorm(hidden) in float32."""
+        return F.rms_norm(hidden.float(), self.norm.shape, self.norm, self.config.rms_norm_eps)
+
+
+def count_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def record_usage(usage: ExpertUsage, layer: int, expert_ids: Tensor, spans: Sequence[BlockSpan]) -> None:
+    """Count what the spans' rows selected, expert_ids (T, K); rows that are written come first in a batch."""
+    host = expert_ids.numpy(force=True)
+    written = sum(span.end - span.first for span in spans if span.decode)
+    for rows, decode in ((host[:written], True), (host[written:], False)):
+        if len(rows):
+            usage.add(layer, rows, decode=decode)

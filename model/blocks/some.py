@@ -6,40 +6,56 @@ a `KeyView`. T tokens, K experts per token, E experts, D key size, H hidden.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.blocks.base import BlockConfig, BlockSpan, ExpertBlock, ExpertUsage, LayerTrace
-from model.blocks.experts import padded_linear, run_experts
+from model.blocks.base import BlockConfig, BlockSpan, ExpertBlock, ExpertUsage, LayerTrace, record_usage
+from model.blocks.experts import EXPERT_FORMS, padded_linear
+from model.blocks.routing import switch_auxiliary_loss
 from model.threads import one_thread
 
-BALANCE_LOSS_COEF = 0.01  # Switch Transformers section 2.2: E sum f_e P_e
-ROUTER_Z_LOSS_COEF = 0.001  # ST-MoE section 2: mean logsumexp^2
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SomeConfig(BlockConfig):
+    """`query`: "linear", or "identity" (Q = identity: a pretrained router's rows are the keys).
+
+    `expert_form`: "silu" as in the formal definition, or "swiglu" for experts that come from elsewhere.
+    """
+
+    key_size: int
+    query: str = "linear"
+    expert_form: str = "silu"
 
 
 class SomeBlock(ExpertBlock):
     """One plastic layer."""
 
-    def __init__(self, config: BlockConfig):
+    config: SomeConfig
+
+    def __init__(self, config: SomeConfig):
         super().__init__(config)
-        experts, width, hidden = config.num_experts, config.expert_size, config.hidden_size
-        self.query_proj = nn.Parameter(torch.randn(config.key_size, hidden) * hidden**-0.5)
-        self.anchors = nn.Parameter(torch.randn(experts, config.key_size) * config.key_size**-0.5)
-        self.down_proj = nn.Parameter(torch.randn(experts, width, hidden) * hidden**-0.5)
-        self.up_proj = nn.Parameter(torch.zeros(experts, hidden, width))
-        self._frozen_experts: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
+        hidden = config.hidden_size
+        if config.query == "identity":
+            assert config.key_size == hidden, (config.key_size, hidden)
+            self.query_proj = None
+        else:
+            self.query_proj = nn.Parameter(torch.randn(config.key_size, hidden) * hidden**-0.5)
+        self.anchors = nn.Parameter(torch.randn(config.num_experts, config.key_size) * config.key_size**-0.5)
+        self.experts = EXPERT_FORMS[config.expert_form](config.num_experts, hidden, config.expert_size)
 
     def serve(self, hidden: Tensor, layer: int, spans: Sequence[BlockSpan], usage: ExpertUsage) -> Tensor:
         with one_thread():
             return self._serve(hidden, layer, spans, usage)
 
     def _serve(self, hidden: Tensor, layer: int, spans: Sequence[BlockSpan], usage: ExpertUsage) -> Tensor:
-        normed, queries = self._queries(hidden)
-        scores, expert_ids = self._search(queries, layer, spans, usage)
+        normed = self.normed(hidden)
+        queries = self._queries(normed)
+        scores, expert_ids = self._search(queries, layer, spans)
+        record_usage(usage, layer, expert_ids, spans)
         gates = scores.softmax(-1)
-        outputs = run_experts(normed, expert_ids, *self._experts())  # (T, K, H)
+        outputs = self.experts(normed, expert_ids)  # (T, K, H)
         combined = (outputs * gates.unsqueeze(-1)).sum(1)
         for span in spans:
             if span.trace is not None and layer in span.trace.layers:
@@ -53,25 +69,21 @@ class SomeBlock(ExpertBlock):
         return combined
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        normed, queries = self._queries(hidden)
-        all_scores = queries @ self.anchors.T  # (T, E)
+        normed = self.normed(hidden).flatten(0, 1)
+        all_scores = self._queries(normed) @ self.anchors.T  # (T, E)
         scores, expert_ids = all_scores.topk(self.config.num_experts_per_tok, dim=-1)
-        gates = scores.softmax(-1)
-        outputs = run_experts(normed, expert_ids, self.down_proj.unbind(), self.up_proj.unbind())
-        return (outputs * gates.unsqueeze(-1)).sum(1), self._auxiliary_loss(all_scores, expert_ids)
+        outputs = self.experts(normed, expert_ids)
+        combined = (outputs * scores.softmax(-1).unsqueeze(-1)).sum(1)
+        return combined.view_as(hidden), switch_auxiliary_loss(all_scores, expert_ids)
 
-    def _experts(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        if self._frozen_experts is None:
-            self._frozen_experts = (self.down_proj.data.unbind(), self.up_proj.data.unbind())
-        return self._frozen_experts
+    def active_parameters(self) -> int:
+        routing = self.anchors.numel() + (0 if self.query_proj is None else self.query_proj.numel())
+        return self.norm.numel() + routing + self.experts.active_parameters(self.config.num_experts_per_tok)
 
-    def _queries(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        normed = F.rms_norm(hidden.float(), self.norm.shape, self.norm, self.config.rms_norm_eps)
-        return normed, padded_linear(normed, self.query_proj)
+    def _queries(self, normed: Tensor) -> Tensor:
+        return normed if self.query_proj is None else padded_linear(normed, self.query_proj)
 
-    def _search(
-        self, queries: Tensor, layer: int, spans: Sequence[BlockSpan], usage: ExpertUsage
-    ) -> tuple[Tensor, Tensor]:
+    def _search(self, queries: Tensor, layer: int, spans: Sequence[BlockSpan]) -> tuple[Tensor, Tensor]:
         """Each sequence's rows look up their own version; consecutive rows of one version go together."""
         k = self.config.num_experts_per_tok
         scores = torch.empty(len(queries), k)
@@ -79,24 +91,14 @@ class SomeBlock(ExpertBlock):
         host = queries.numpy(force=True)
         at = 0
         while at < len(spans):
+            keys = spans[at].keys
+            assert keys is not None, "a plastic layer needs a key view"
             until = at + 1
-            while (
-                until < len(spans)
-                and spans[until].keys is spans[at].keys
-                and spans[until].decode == spans[at].decode
-            ):
+            while until < len(spans) and spans[until].keys is keys:
                 until += 1
             rows = slice(spans[at].first, spans[until - 1].end)
-            found_scores, found_ids = spans[at].keys.search(layer, host[rows], k)
+            found_scores, found_ids = keys.search(layer, host[rows], k)
             scores[rows] = torch.from_numpy(found_scores)
             expert_ids[rows] = torch.from_numpy(found_ids)
-            usage.add(layer, found_ids, decode=spans[at].decode)
             at = until
         return scores.to(queries.device), expert_ids.to(queries.device)
-
-    def _auxiliary_loss(self, scores: Tensor, expert_ids: Tensor) -> Tensor:
-        experts = self.config.num_experts
-        share = torch.bincount(expert_ids.flatten(), minlength=experts).float() / expert_ids.numel()
-        balance = experts * (share * scores.softmax(-1).mean(0)).sum()
-        z_loss = scores.logsumexp(-1).square().mean()
-        return BALANCE_LOSS_COEF * balance + ROUTER_Z_LOSS_COEF * z_loss

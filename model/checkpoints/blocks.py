@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,24 @@ from torch import nn
 
 from model.blocks import BLOCKS, build_block
 from model.blocks.base import BlockConfig, ExpertBlock
-from model.errors import CheckpointError
+from model.errors import CheckpointError, UnsupportedConfig
 
 WEIGHTS_FILE = "blocks.safetensors"
 CONFIG_FILE = "config.json"
 SHIPPED = Path(__file__).parent.parent / "weights"
+
+
+@dataclass(frozen=True, slots=True)
+class BlockFolder:
+    """What a folder holds: a variant's configuration and its blocks by layer."""
+
+    config: BlockConfig
+    blocks: dict[int, ExpertBlock]
+
+
+def shipped_variants() -> list[str]:
+    """Names of everything that comes with Libration, the controls of training included."""
+    return sorted(path.parent.name for path in SHIPPED.glob(f"*/{CONFIG_FILE}"))
 
 
 def shipped_folder(variant: str) -> Path:
@@ -30,16 +43,17 @@ def read_config(folder: Path) -> BlockConfig:
     path = folder / CONFIG_FILE
     try:
         raw: dict[str, Any] = json.loads(path.read_text())
+        kind = raw["kind"]
+        if kind not in BLOCKS:
+            raise CheckpointError(f"{path}: kind {kind!r} is not one of {sorted(BLOCKS)}")
         raw["layers"] = tuple(raw["layers"])
-        config = BlockConfig(**raw)
+        config_type, _ = BLOCKS[kind]
+        return config_type(**raw)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path} is no block configuration: {error}") from error
-    if config.kind not in BLOCKS:
-        raise CheckpointError(f"{path}: kind {config.kind!r} is not one of {sorted(BLOCKS)}")
-    return config
 
 
-def load_blocks(folder: Path, hidden_size: int) -> tuple[BlockConfig, dict[int, ExpertBlock]]:
+def load_blocks(folder: Path, hidden_size: int) -> BlockFolder:
     """Blocks by layer, float32, without gradients. Raises CheckpointError on any missing or misshapen tensor."""
     config = read_config(folder)
     if config.hidden_size != hidden_size:
@@ -53,7 +67,10 @@ def load_blocks(folder: Path, hidden_size: int) -> tuple[BlockConfig, dict[int, 
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     blocks: dict[int, ExpertBlock] = {}
     for layer in config.layers:
-        block = build_block(config)
+        try:
+            block = build_block(config)
+        except UnsupportedConfig as error:
+            raise CheckpointError(f"{folder / CONFIG_FILE}: {error}") from error
         for name, parameter in block.named_parameters():
             key = f"layers.{layer}.{name}"
             tensor = stored.pop(key, None)
@@ -70,7 +87,7 @@ def load_blocks(folder: Path, hidden_size: int) -> tuple[BlockConfig, dict[int, 
         blocks[layer] = block.eval()
     if stored:
         raise CheckpointError(f"{path} has tensors that no block takes: {sorted(stored)[:3]}")
-    return config, blocks
+    return BlockFolder(config, blocks)
 
 
 def save_blocks(

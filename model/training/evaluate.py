@@ -1,5 +1,8 @@
 """Held-out loss per domain, and how sure one can be of a difference."""
 
+import itertools
+import statistics
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -8,12 +11,15 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from model.blocks.base import ExpertBlock
+from model.blocks.base import ExpertBlock, ExpertUsage
+from model.keys import AnchorKeys
+from model.kv_cache import CacheBudget
 from model.training.data import WindowSet
 from model.training.upper import lower_states, upper_loss
-from model.transformer import Transformer
+from model.transformer import Segment, Transformer, Variant
 
 RESAMPLES = 2000
+SPEED_ROUNDS = 5
 
 WindowLosses = NDArray[np.float32]  # (windows,) mean next-token loss in nats
 
@@ -55,6 +61,33 @@ def window_losses(
                     losses[name][domain].append(loss.mean(1).cpu().numpy())
                 bar.update(len(tokens))
     return {name: {d: np.concatenate(parts) for d, parts in by.items()} for name, by in losses.items()}
+
+
+def prompt_speeds(
+    model: Transformer, variants: Mapping[str, Mapping[int, ExpertBlock]], windows: Mapping[str, WindowSet]
+) -> dict[str, float]:
+    """Prompt tokens per second of each variant as it is served: medians over rounds, the variants in turn."""
+    tokens = next(iter(windows.values())).tokens[0, :-1].tolist()
+    served = {name: _served(blocks) for name, blocks in variants.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for _, (name, (variant, keys)) in itertools.product(range(SPEED_ROUNDS + 1), served.items()):
+        cache = CacheBudget(model.config, len(tokens) + 64, model.dtype, model.device).reserve(len(tokens))
+        started = time.perf_counter()
+        model.step([Segment(tokens, 0, cache, variant, keys)]).cpu()
+        seconds[name].append(time.perf_counter() - started)
+    return {name: len(tokens) / statistics.median(each[1:]) for name, each in seconds.items()}
+
+
+def _served(blocks: Mapping[int, ExpertBlock]) -> tuple[Variant | None, AnchorKeys | None]:
+    if not blocks:
+        return None, None
+    anchors = {
+        layer: block.get_parameter("anchors").detach().float().numpy(force=True)
+        for layer, block in blocks.items()
+        if block.config.kind == "some"
+    }
+    usage = ExpertUsage.of(next(iter(blocks.values())).config)
+    return Variant(blocks, usage), AnchorKeys(anchors) if anchors else None
 
 
 def summarize(base: WindowLosses, mine: WindowLosses, windows: WindowSet) -> DomainResult:

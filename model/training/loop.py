@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,8 @@ class TrainingConfig:
     """How long and how fast to train. The order of windows depends on the seed alone."""
 
     epochs: int = 1
-    windows_per_step: int = 4
+    windows_per_step: int = 2
+    max_steps: int | None = None  # None: until every window has been seen `epochs` times
     learning_rate: float = 1e-3
     warmup_steps: int = 40
     final_rate_ratio: float = 0.1
@@ -51,12 +53,12 @@ def train(
     fresh = {layer: build_block(block_config) for layer in block_config.layers}
     blocks = {layer: b.to(model.device).requires_grad_() for layer, b in (initial or fresh).items()}
     parameters = {f"{layer}.{n}": p for layer, b in blocks.items() for n, p in b.named_parameters()}
-    optimizer = torch.optim.AdamW(parameters.values(), betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(_groups(blocks), betas=(0.9, 0.95), weight_decay=0.0)
     tokens = torch.from_numpy(np.concatenate([w.tokens for w in windows.values()])).long()
     first = min(block_config.layers)
     lower = LowerStates(model, tokens[:, :-1], first, cache)
     order = _order(len(tokens), config)
-    steps = len(order) // config.windows_per_step
+    steps = min(len(order) // config.windows_per_step, config.max_steps or len(order))
     run.mkdir(parents=True, exist_ok=True)
     (run / "training.json").write_text(json.dumps(asdict(config), indent=1))
     start = _resume(run, parameters, optimizer)
@@ -66,7 +68,7 @@ def train(
     with (run / "curve.jsonl").open("a") as curve:
         for step in bar:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, config)
+                group["lr"] = group["rate_scale"] * learning_rate(step, steps, config)
             batch = order[step * config.windows_per_step : (step + 1) * config.windows_per_step]
             targets = tokens[batch, 1:].to(model.device)
             losses, auxiliary = upper_loss(model, blocks, lower.of(batch), targets, first)
@@ -82,6 +84,15 @@ def train(
                 _checkpoint(run, step + 1, parameters, optimizer)
     save_blocks(run / "blocks", block_config, blocks, torch.bfloat16)
     return blocks
+
+
+def _groups(blocks: Mapping[int, ExpertBlock]) -> list[dict[str, Any]]:
+    """Parameters by how fast they learn."""
+    by_scale: dict[float, list[Tensor]] = {}
+    for block in blocks.values():
+        for name, parameter in block.named_parameters():
+            by_scale.setdefault(block.rate_scale.get(name, 1.0), []).append(parameter)
+    return [{"params": parameters, "rate_scale": scale} for scale, parameters in by_scale.items()]
 
 
 def learning_rate(step: int, steps: int, config: TrainingConfig) -> float:

@@ -113,6 +113,26 @@ DOMAINS: tuple[Domain, ...] = (
     ),
     Domain("spanish", (_manpages("es"), _handbook("es-ES")), trained=False),
     Domain(
+        "rust-books",
+        (
+            Source(
+                Path("/usr/share/doc/rust-doc/html"),
+                "*book*/**/*.html",
+                read_html,
+                "rust-doc",
+                "MIT or Apache-2.0",
+            ),
+            Source(
+                Path("/usr/share/doc/rust-doc/html"),
+                "reference/**/*.html",
+                read_html,
+                "rust-doc",
+                "MIT or Apache-2.0",
+            ),
+        ),
+        trained=False,
+    ),
+    Domain(
         "javascript",
         (
             Source(

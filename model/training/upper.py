@@ -45,8 +45,8 @@ def upper_loss(
     auxiliary = torch.zeros((), device=hidden.device)
     for layer in sorted(blocks):
         hidden = run_layers(model, hidden, at + 1, layer + 1)
-        contribution, block_loss = blocks[layer](hidden.flatten(0, 1))
-        hidden = hidden + contribution.view_as(hidden)
+        contribution, block_loss = blocks[layer](hidden)
+        hidden = hidden + contribution
         auxiliary = auxiliary + block_loss
         at = layer
     hidden = run_layers(model, hidden, at + 1, len(model.layers))

@@ -1,0 +1,61 @@
+"""Top-k experts behind a linear router: p = softmax(x W_g), the K best, y = sum p_e E_e(x).
+
+T tokens, K experts per token, E experts, H hidden.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from model.blocks.base import BlockConfig, BlockSpan, ExpertBlock, ExpertUsage, record_usage
+from model.blocks.experts import EXPERT_FORMS, padded_linear
+from model.blocks.routing import switch_auxiliary_loss, top_k_of_softmax
+from model.threads import one_thread
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoeConfig(BlockConfig):
+    """`expert_form`: "swiglu" as in Mixtral and OLMoE, or "silu". `norm_topk_prob`: gates sum to 1."""
+
+    expert_form: str = "swiglu"
+    norm_topk_prob: bool = True
+
+
+class MoeBlock(ExpertBlock):
+    """One routed layer. Only selected experts execute."""
+
+    config: MoeConfig
+
+    def __init__(self, config: MoeConfig):
+        super().__init__(config)
+        hidden = config.hidden_size
+        self.router = nn.Parameter(torch.randn(config.num_experts, hidden) * hidden**-0.5)
+        self.experts = EXPERT_FORMS[config.expert_form](config.num_experts, hidden, config.expert_size)
+
+    def serve(self, hidden: Tensor, layer: int, spans: Sequence[BlockSpan], usage: ExpertUsage) -> Tensor:
+        with one_thread():
+            combined, _, expert_ids = self._route(self.normed(hidden))
+            record_usage(usage, layer, expert_ids, spans)
+            return combined
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        combined, router_logits, expert_ids = self._route(self.normed(hidden).flatten(0, 1))
+        return combined.view_as(hidden), switch_auxiliary_loss(router_logits, expert_ids)
+
+    def active_parameters(self) -> int:
+        return (
+            self.norm.numel()
+            + self.router.numel()
+            + self.experts.active_parameters(self.config.num_experts_per_tok)
+        )
+
+    def _route(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """normed (T, H) -> mixture (T, H), router logits (T, E), expert ids (T, K)."""
+        router_logits = padded_linear(normed, self.router)
+        gates, expert_ids = top_k_of_softmax(
+            router_logits, self.config.num_experts_per_tok, renormalize=self.config.norm_topk_prob
+        )
+        outputs = self.experts(normed, expert_ids)  # (T, K, H)
+        return (outputs * gates.unsqueeze(-1)).sum(1), router_logits, expert_ids
