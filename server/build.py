@@ -16,9 +16,10 @@ from keystore.backends.embedded import EmbeddedBackend
 from keystore.store import KeyStore
 from keystore.worker import ConsolidationWorker
 from model.blocks.base import BlockConfig, ExpertBlock, ExpertUsage
-from model.blocks.some import SomeBlock
-from model.checkpoints.blocks import load_blocks, shipped_folder
+from model.blocks.some import SomeBlock, SomeConfig
+from model.checkpoints.blocks import BlockFolder, load_blocks, shipped_folder
 from model.checkpoints.load import find_base_file, load_base
+from model.errors import CheckpointError
 from model.transformer import Transformer, Variant
 from server.engine.engine import Engine, Observers
 from server.engine.runner import EngineRunner
@@ -66,29 +67,69 @@ def build(
     settings: Settings, observers: Observers, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Parts:
     """Load everything that the settings name. Raises ModelError and KeyStoreError with what to do about it."""
-    engine_settings = settings.engine
-    threads = engine_settings.threads or len(os.sched_getaffinity(0))
+    threads = settings.engine.threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     settings.data_dir.mkdir(parents=True, exist_ok=True)
+    on_device = {
+        device: _build_engine(settings, device, names, threads, observers, progress)
+        for device, names in _names_by_device(settings).items()
+    }
+    built = {name: endpoint for endpoints in on_device.values() for name, endpoint in endpoints.items()}
+    registry = Registry(
+        {name: built[name] for name in settings.endpoints},
+        tuple(next(iter(endpoints.values())).runner for endpoints in on_device.values()),
+    )
+    stores = tuple(e.plasticity.store for e in registry.endpoints.values() if e.plasticity is not None)
+    return Parts(registry, tuple(ConsolidationWorker(store, time.time) for store in stores), stores)
+
+
+def _names_by_device(settings: Settings) -> dict[torch.device, list[str]]:
+    """Endpoints by where they compute, in the order of the configuration. Raises ValueError."""
+    by_device: dict[torch.device, list[str]] = {}
+    for name, endpoint in settings.endpoints.items():
+        wanted = endpoint.device or settings.engine.device
+        try:
+            device = torch.device(wanted)
+        except RuntimeError as error:
+            raise ValueError(
+                f"endpoint {name!r}: {wanted!r} is no device; allowed: cpu, cuda, cuda:0"
+            ) from error
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"endpoint {name!r}: there is no CUDA device here; allowed: cpu")
+        by_device.setdefault(device, []).append(name)
+    return by_device
+
+
+def _build_engine(
+    settings: Settings,
+    device: torch.device,
+    names: list[str],
+    threads: int,
+    observers: Observers,
+    progress: Callable[[int, int], None],
+) -> dict[str, Endpoint]:
+    """One base in memory and one engine for all endpoints of a device."""
+    engine_settings = settings.engine
     base = load_base(
         find_base_file(),
         DTYPES[engine_settings.dtype],
         settings.data_dir / "cache",
-        engine_settings.device,
+        str(device),
         progress,
     )
     model = base.transformer
     loaded = {
-        name: _load_variant(endpoint, model)
-        for name, endpoint in settings.endpoints.items()
-        if endpoint.variant != "dense"
+        name: _load_variant(settings.endpoints[name], model)
+        for name in names
+        if settings.endpoints[name].variant != "dense"
     }
     plastic = {
-        name: _plastic_layers(settings.endpoints[name], config) for name, (config, _) in loaded.items()
+        name: _plastic_layers(settings.endpoints[name], folder.config)
+        for name, folder in loaded.items()
+        if isinstance(folder.config, SomeConfig)
     }
     variants = {
-        name: Variant(blocks, ExpertUsage(config.layers, config.num_experts))
-        for name, (config, blocks) in loaded.items()
+        name: Variant(folder.blocks, ExpertUsage.of(folder.config)) for name, folder in loaded.items()
     }
     engine = Engine(
         model,
@@ -105,37 +146,34 @@ def build(
         observers,
     )
     runner = EngineRunner(engine, threads)
-    plasticity = {
-        name: _open_plasticity(name, settings, model, config, blocks, plastic[name])
-        for name, (config, blocks) in loaded.items()
-    }
     created = int(time.time())
-    endpoints = {
+    return {
         name: Endpoint(
             name=name,
-            variant=endpoint.variant,
+            variant=settings.endpoints[name].variant,
             created=created,
             tokenizer=base.tokenizer,
             runner=runner,
             max_model_len=min(model.config.max_position_embeddings, engine.cache.capacity_tokens),
             eos_token_id=model.config.eos_token_id,
             usage=variants[name].usage if name in variants else None,
-            plasticity=plasticity.get(name),
+            plasticity=_open_plasticity(name, settings, model, loaded[name], plastic[name])
+            if name in plastic
+            else None,
         )
-        for name, endpoint in settings.endpoints.items()
+        for name in names
     }
-    stores = tuple(p.store for p in plasticity.values())
-    return Parts(
-        Registry(endpoints, (runner,)), tuple(ConsolidationWorker(s, time.time) for s in stores), stores
-    )
 
 
-def _load_variant(
-    endpoint: EndpointSettings, model: Transformer
-) -> tuple[BlockConfig, dict[int, ExpertBlock]]:
-    folder = endpoint.weights or shipped_folder(endpoint.variant)
-    config, blocks = load_blocks(folder, model.config.hidden_size)
-    return config, {layer: block.to(model.device) for layer, block in blocks.items()}
+def _load_variant(endpoint: EndpointSettings, model: Transformer) -> BlockFolder:
+    """The endpoint's blocks on the model's device. Raises CheckpointError, also for blocks of another kind."""
+    path = endpoint.weights or shipped_folder(endpoint.variant)
+    folder = load_blocks(path, model.config.hidden_size)
+    if folder.config.kind != endpoint.variant:
+        raise CheckpointError(f"{path} holds blocks of kind {folder.config.kind!r}, not {endpoint.variant!r}")
+    for block in folder.blocks.values():
+        block.to(model.device)
+    return folder
 
 
 def _plastic_layers(endpoint: EndpointSettings, config: BlockConfig) -> frozenset[int]:
@@ -152,23 +190,22 @@ def _open_plasticity(
     name: str,
     settings: Settings,
     model: Transformer,
-    config: BlockConfig,
-    blocks: dict[int, ExpertBlock],
+    folder: BlockFolder,
     plastic: frozenset[int],
 ) -> Plasticity:
     anchors = {
         layer: block.anchors.detach().float().cpu().numpy()
-        for layer, block in blocks.items()
+        for layer, block in folder.blocks.items()
         if isinstance(block, SomeBlock)
     }
     endpoint, limits = settings.endpoints[name], settings.key_store
-    model_id = _model_id(blocks)
+    model_id = _model_id(folder.blocks)
     store = KeyStore(
         model_id,
         anchors,
         endpoint.gravity.config(),
         EmbeddedBackend(settings.data_dir / "keys" / f"keys-{name}.sqlite3"),
-        num_experts_per_tok=config.num_experts_per_tok,
+        num_experts_per_tok=folder.config.num_experts_per_tok,
         plastic_layers=plastic,
         queue_size=limits.queue_windows,
         versions_in_memory=limits.versions_in_memory,
@@ -176,7 +213,7 @@ def _open_plasticity(
         max_sessions=limits.max_sessions,
         session_ttl_s=limits.session_ttl_s,
     )
-    teacher = Teacher(model, store, endpoint.gravity.config(), config.num_experts)
+    teacher = Teacher(model, store, endpoint.gravity.config(), folder.config.num_experts)
     return Plasticity(store, teacher, endpoint.plasticity)
 
 

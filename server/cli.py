@@ -4,6 +4,8 @@ import json
 import os
 import sys
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +72,9 @@ def config_show(config_file: Path | None) -> None:
 
 
 @main.command()
-@click.argument("variant", type=click.Choice(["some"]))
+@click.argument("variant", type=click.Choice(["some", "moe", "mom", "fm-moe", "ffn-active", "ffn-total"]))
 @click.option(
     "--run",
-    "run_dir",
     type=click.Path(path_type=Path),
     required=True,
     help="Run folder; resumed if it exists.",
@@ -91,30 +92,77 @@ def config_show(config_file: Path | None) -> None:
     "--init", "initial", type=click.Path(path_type=Path), help="Blocks to start from (default: fresh ones)."
 )
 @click.option("--epochs", default=1, show_default=True, type=click.IntRange(min=1))
-@click.option("--learning-rate", default=2e-3, show_default=True, type=click.FloatRange(min=0, min_open=True))
+@click.option(
+    "--steps", type=click.IntRange(min=1), help="Stop after this many (default: when the data ends)."
+)
+@click.option(
+    "--learning-rate",
+    "learning_rates",
+    multiple=True,
+    default=(2e-3,),
+    show_default=True,
+    type=click.FloatRange(min=0, min_open=True),
+    help="Give several, and the one with the lowest validation loss after a short run is taken.",
+)
+@click.option("--sweep-steps", default=30, show_default=True, type=click.IntRange(min=8))
+@click.option("--seed", default=2026, show_default=True, type=click.IntRange(min=0))
+@click.option("--device", default="cpu", show_default=True, help="Where to train: cpu, cuda.")
 @click.option("--threads", default=0, type=click.IntRange(min=0), help="0: every processor.")
 @click.option("--data-dir", type=click.Path(path_type=Path), help="Where converted base weights are kept.")
-def train(variant: str, run_dir: Path, data: Path, data_dir: Path | None, **options: Any) -> None:
-    """Train the expert blocks of VARIANT on the frozen base, from text installed on this machine."""
-    from server.offline import train_variant
+def train(variant: str, data_dir: Path | None, device: str, threads: int, **job: Any) -> None:
+    """Train the expert blocks of VARIANT on the frozen base, from text installed on this machine.
 
-    train_variant(variant, run_dir, data, _settings(None, data_dir=data_dir).data_dir, **options)
+    ffn-active and ffn-total are controls: a plain block with the parameters that a routed variant uses for one token,
+    and one with all that it holds.
+    """
+    from server.offline import TrainingJob, train_variant
+
+    with _errors_shown():
+        train_variant(
+            variant, TrainingJob(**job), _settings(None, data_dir=data_dir).data_dir, device, threads
+        )
 
 
 @main.command()
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="Data folder; built if empty.")
+@click.option("--all", "every_variant", is_flag=True, help="Measure everything that comes with Libration.")
 @click.option(
-    "--blocks", type=click.Path(path_type=Path), help="Blocks to measure (default: the shipped ones)."
+    "--blocks",
+    "folders",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="A folder of blocks to measure; may be given several times.",
 )
 @click.option("--split", type=click.Choice(["validation", "heldout"]), default="heldout", show_default=True)
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Also write evaluation.json and evaluation.png here."
+)
+@click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda.")
 @click.option("--threads", default=0, type=click.IntRange(min=0), help="0: every processor.")
 @click.option("--data-dir", type=click.Path(path_type=Path), help="Where converted base weights are kept.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
-def evaluate(data: Path, blocks: Path | None, data_dir: Path | None, **options: Any) -> None:
-    """Held-out loss per domain of `some` beside `dense`, the untouched base."""
-    from server.offline import evaluate_some
+def evaluate(
+    data: Path, folders: tuple[Path, ...], every_variant: bool, data_dir: Path | None, **options: Any
+) -> None:
+    """Held-out loss per domain with expert blocks, beside `dense`, the untouched base."""
+    if not folders and not every_variant:
+        raise click.UsageError("say what to measure: --all, or --blocks FOLDER")
+    from server.offline import evaluate_blocks
 
-    evaluate_some(data, blocks, _settings(None, data_dir=data_dir).data_dir, **options)
+    with _errors_shown():
+        directory = _settings(None, data_dir=data_dir).data_dir
+        evaluate_blocks(data, folders, directory, every_variant=every_variant, **options)
+
+
+@contextmanager
+def _errors_shown() -> Generator[None, None, None]:
+    """What went wrong with a model, its files or its training text, as a message and an exit status of 1."""
+    from model.errors import ModelError
+
+    try:
+        yield
+    except (ModelError, OSError) as error:
+        raise click.ClickException(str(error)) from error
 
 
 def _settings(config_file: Path | None, **flags: Any) -> Settings:

@@ -16,7 +16,7 @@ from keystore.errors import InvalidConfig, KeyVersionUnavailable, NonFiniteQueri
 from model.errors import ChatTemplateError
 from server import refusals
 from server.engine.errors import ContextLengthExceeded, EngineDraining, EngineOverloaded
-from server.registry import PlasticityUnavailable, UnknownEndpoint
+from server.registry import FlowStepsUnavailable, PlasticityUnavailable, UnknownEndpoint
 
 DRAIN_RETRY_S = 10
 NO_RETRY = {"x-should-retry": "false"}
@@ -77,6 +77,7 @@ TABLE: tuple[tuple[type[Exception], Problem], ...] = (
     (EngineDraining, Problem(503, "server_error", "draining", headers={"Retry-After": str(DRAIN_RETRY_S)})),
     (UnknownEndpoint, _invalid("model_not_found", 404)),
     (PlasticityUnavailable, _invalid("invalid_value")),
+    (FlowStepsUnavailable, _invalid("unsupported_parameter")),
     (ChatTemplateError, _invalid("invalid_value")),
     (InvalidConfig, _invalid("invalid_value")),
     (NonFiniteQueries, _invalid("invalid_value")),
@@ -86,6 +87,7 @@ TABLE: tuple[tuple[type[Exception], Problem], ...] = (
 PARAMS: dict[type[Exception], str] = {
     UnknownEndpoint: "model",
     PlasticityUnavailable: "plasticity",
+    FlowStepsUnavailable: "flow_steps",
     ChatTemplateError: "messages",
     InvalidConfig: "scope",
     KeyVersionUnavailable: "key_version",

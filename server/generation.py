@@ -30,6 +30,7 @@ class GenerationRequest:
     session_id: str | None = None
     plasticity: PlasticityMode | None = None  # None: the endpoint's own default
     key_version: int | None = None  # None: the scope's newest
+    flow_steps: int | None = None  # None: the variant's own
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,12 +104,6 @@ def nearest_neighbours(
     return nearest, distances
 
 
-def routed_tokens(endpoint: Endpoint, layer: int, expert_tokens: NDArray[np.int64]) -> int:
-    """Tokens that a layer routed, from what its experts got: each token goes to K of them."""
-    block = endpoint.runner.engine.variants[endpoint.name].blocks[layer]
-    return int(expert_tokens.sum()) // block.config.num_experts_per_tok
-
-
 def idle_experts(load: NDArray[np.int64]) -> int:
     """Experts with less than a tenth of a fair share; none before anything was routed."""
     total = int(load.sum())

@@ -16,8 +16,8 @@ from keystore.projection import load_balance
 from keystore.records import ScopeId
 from model.blocks.base import ExpertUsage
 from server.engine.engine import Observers
-from server.keyspace import DriftReadings, idle_experts, routed_tokens
-from server.registry import Endpoint, Plasticity, Registry
+from server.keyspace import DriftReadings, idle_experts
+from server.registry import Plasticity, Registry
 
 PREFIX = "libration_"
 EXPERT_DETAIL_LIMIT = 1024  # layers x experts, above which per-expert series are left to /usage
@@ -143,7 +143,7 @@ class UsageCollector(Collector):
         )
         for name, endpoint in self.served.endpoints.items():
             if endpoint.usage is not None:
-                _add_usage(families, name, endpoint, endpoint.usage)
+                _add_usage(families, name, endpoint.usage)
         yield from families
 
 
@@ -201,14 +201,14 @@ def _learning(plastic: dict[str, Plasticity]) -> Iterable[Metric]:
     return updates, dropped, duration, lag, degraded
 
 
-def _add_usage(families: tuple[Metric, ...], name: str, endpoint: Endpoint, usage: ExpertUsage) -> None:
+def _add_usage(families: tuple[Metric, ...], name: str, usage: ExpertUsage) -> None:
     expert_tokens, layer_tokens, imbalance, jain, entropy, idle = families
     counts: NDArray[np.int64] = usage.counts.copy()  # (phases, layers, experts)
     in_detail = counts[0].size <= EXPERT_DETAIL_LIMIT
     for index, layer in enumerate(usage.layers):
         for phase, matrix in zip(usage.PHASES, counts, strict=True):
             labels = {"model": name, "layer": str(layer), "phase": phase}
-            routed = routed_tokens(endpoint, layer, matrix[index])
+            routed = int(matrix[index].sum()) // usage.num_experts_per_tok
             layer_tokens.add_sample(f"{layer_tokens.name}_total", labels, routed)
             for expert, tokens in enumerate(matrix[index].tolist() if in_detail else ()):
                 expert_tokens.add_sample(

@@ -2,82 +2,125 @@
 
 import json
 import os
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import click
 import torch
 
-from model.blocks.base import BlockConfig
-from model.checkpoints.blocks import load_blocks, shipped_folder
+from model.checkpoints.blocks import BlockFolder, load_blocks, shipped_folder, shipped_variants
 from model.checkpoints.load import BaseModel, find_base_file, load_base
 from model.training.chat import conversations
 from model.training.data import build, load, save
-from model.training.evaluate import summarize, window_losses
+from model.training.evaluate import prompt_speeds, summarize, window_losses
 from model.training.loop import TrainingConfig, train
+from model.training.report import VariantReport, draw_curve, draw_losses, markdown_table
+from model.training.sweep import choose_learning_rate
+from model.training.variants import VARIANTS
 
-MEASURING_TOKENS = {"validation": 8_192, "heldout": 24_576}
+MEASURING_TOKENS = {"validation": 8_192, "heldout": 16_384}
 CHAT_MEASURING_TOKENS = 6_144
-SOME_BLOCKS = BlockConfig(
-    kind="some",
-    layers=(17, 21, 25, 29),
-    hidden_size=576,
-    num_experts=64,
-    num_experts_per_tok=4,
-    expert_size=24,
-    key_size=128,
-    rms_norm_eps=1e-5,
-)
 
 
-def train_variant(
-    variant: str,
-    run: Path,
+@dataclass(frozen=True, slots=True)
+class TrainingJob:
+    """What one `libration train` is asked for. Paths are folders."""
+
+    run: Path
+    data: Path
+    initial: Path | None
+    learning_rates: tuple[float, ...]
+    tokens_per_domain: int
+    chat_tokens: int
+    epochs: int
+    steps: int | None
+    sweep_steps: int
+    seed: int
+
+
+def train_variant(variant: str, job: TrainingJob, data_dir: Path, device: str, threads: int) -> None:
+    """Choose a learning rate if several are given, then train or resume; the result is `run/blocks`."""
+    base = _open_base(data_dir, device, threads)
+    build(job.data, base.tokenizer, {"train": job.tokens_per_domain})
+    _build_chat(base, job.data, "train", job.chat_tokens)
+    windows, cache = load(job.data, "train"), job.data / "lower"
+    config = TrainingConfig(epochs=job.epochs, max_steps=job.steps, seed=job.seed)
+    job.run.mkdir(parents=True, exist_ok=True)
+    rate = job.learning_rates[0]
+    if len(job.learning_rates) > 1:
+        build(job.data, base.tokenizer, {"validation": MEASURING_TOKENS["validation"]})
+        trained = {domain: each for domain, each in load(job.data, "validation").items() if domain in windows}
+        short = TrainingConfig(max_steps=job.sweep_steps, warmup_steps=job.sweep_steps // 8, seed=job.seed)
+        rate = choose_learning_rate(
+            base.transformer,
+            VARIANTS[variant],
+            short,
+            job.learning_rates,
+            windows,
+            trained,
+            job.run,
+            cache,
+        )
+        click.echo(f"learning rate {rate:g} had the lowest validation loss")
+    config = TrainingConfig(learning_rate=rate, epochs=job.epochs, max_steps=job.steps, seed=job.seed)
+    start = load_blocks(job.initial, VARIANTS[variant].hidden_size).blocks if job.initial else None
+    train(base.transformer, VARIANTS[variant], config, windows, job.run, cache, start)
+    draw_curve(job.run / "curve.jsonl", job.run / "curve.png", variant)
+    click.echo(f"trained blocks are in {job.run / 'blocks'}")
+
+
+def evaluate_blocks(
     data: Path,
+    folders: Sequence[Path],
     data_dir: Path,
     *,
-    initial: Path | None,
-    tokens_per_domain: int,
-    chat_tokens: int,
-    epochs: int,
-    learning_rate: float,
+    every_variant: bool,
+    split: str,
+    out: Path | None,
     threads: int,
+    device: str,
+    as_json: bool,
 ) -> None:
-    """Train fresh blocks or those in `initial`, or resume `run`; the result is `run/blocks`."""
-    assert variant == SOME_BLOCKS.kind, variant
-    base = _open_base(data_dir, threads)
-    build(data, base.tokenizer, {"train": tokens_per_domain})
-    _build_chat(base, data, "train", chat_tokens)
-    start = load_blocks(initial, SOME_BLOCKS.hidden_size)[1] if initial else None
-    config = TrainingConfig(epochs=epochs, learning_rate=learning_rate)
-    train(base.transformer, SOME_BLOCKS, config, load(data, "train"), run, data / "lower", start)
-    click.echo(f"trained blocks are in {run / 'blocks'}")
-
-
-def evaluate_some(
-    data: Path, blocks: Path | None, data_dir: Path, *, split: str, threads: int, as_json: bool
-) -> None:
-    """Print the loss of every domain with and without the blocks."""
-    base = _open_base(data_dir, threads)
+    """Print the loss of every domain with and without each folder's blocks."""
+    base = _open_base(data_dir, device, threads)
     build(data, base.tokenizer, {split: MEASURING_TOKENS[split]})
     if split == "heldout":
         _build_chat(base, data, split, CHAT_MEASURING_TOKENS)
-    _, loaded = load_blocks(blocks or shipped_folder("some"), base.transformer.config.hidden_size)
+    measured = _blocks_to_measure(base, folders, every_variant=every_variant)
     windows = load(data, split)
-    losses = window_losses(base.transformer, {"dense": {}, "some": loaded}, windows)
-    results = [summarize(losses["dense"][d], losses["some"][d], windows[d]) for d in windows]
-    if as_json:
-        click.echo(json.dumps([asdict(result) for result in results]))
-        return
-    click.echo(
-        "| domain | dense | some | change (95 % interval) | tokens | files |\n|---|---|---|---|---|---|"
-    )
-    for result in results:
-        low, high = result.change_interval
-        click.echo(
-            f"| {result.domain} | {losses['dense'][result.domain].mean():.3f} | {result.loss:.3f} "
-            f"| {result.change:+.1f} % ({low:+.1f} to {high:+.1f}) | {result.tokens} | {result.files} |"
+    variants = {"dense": {}} | {name: folder.blocks for name, folder in measured.items()}
+    losses = window_losses(base.transformer, variants, windows)
+    speeds = prompt_speeds(base.transformer, variants, windows)
+    reports = [
+        VariantReport(
+            name=name,
+            parameters=sum(sum(p.numel() for p in block.parameters()) for block in blocks.values()),
+            active_parameters=sum(block.active_parameters() for block in blocks.values()),
+            prompt_tokens_per_s=speeds[name],
+            domains=tuple(summarize(losses["dense"][d], losses[name][d], windows[d]) for d in windows),
         )
+        for name, blocks in variants.items()
+    ]
+    described = json.dumps([asdict(report) for report in reports], indent=1)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "evaluation.json").write_text(described + "\n")
+        draw_losses(reports, out / "evaluation.png")
+    click.echo(described if as_json else markdown_table(reports))
+
+
+def _blocks_to_measure(
+    base: BaseModel, folders: Sequence[Path], *, every_variant: bool
+) -> dict[str, BlockFolder]:
+    hidden = base.transformer.config.hidden_size
+    chosen = {name: shipped_folder(name) for name in shipped_variants()} if every_variant else {}
+    chosen |= {folder.parent.name if folder.name == "blocks" else folder.name: folder for folder in folders}
+    loaded = {name: load_blocks(folder, hidden) for name, folder in chosen.items()}
+    for folder in loaded.values():
+        for block in folder.blocks.values():
+            block.to(base.transformer.device)
+    return loaded
 
 
 def _build_chat(base: BaseModel, data: Path, split: str, tokens: int) -> None:
@@ -85,6 +128,6 @@ def _build_chat(base: BaseModel, data: Path, split: str, tokens: int) -> None:
         save(data, split, conversations(base.transformer, base.tokenizer, split, tokens))
 
 
-def _open_base(data_dir: Path, threads: int) -> BaseModel:
+def _open_base(data_dir: Path, device: str, threads: int) -> BaseModel:
     torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
-    return load_base(find_base_file(), torch.bfloat16, data_dir / "cache")
+    return load_base(find_base_file(), torch.bfloat16, data_dir / "cache", device)

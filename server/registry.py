@@ -24,6 +24,10 @@ class PlasticityUnavailable(ValueError):
     """The request asks for keys of an endpoint that has none."""
 
 
+class FlowStepsUnavailable(ValueError):
+    """The request asks for integration steps of an endpoint that has no flow-matching experts."""
+
+
 @dataclass(frozen=True, slots=True)
 class Plasticity:
     """The moving part of an endpoint: its key store, what turns prompts into statistics, the default mode."""
@@ -50,8 +54,8 @@ class Endpoint:
     def start(self, request: GenerationRequest) -> Generation:
         """Queue a request. Needs a running event loop.
 
-        Raises ContextLengthExceeded, EngineOverloaded, EngineDraining, PlasticityUnavailable and the key
-        store's KeyVersionUnavailable.
+        Raises ContextLengthExceeded, EngineOverloaded, EngineDraining, PlasticityUnavailable,
+        FlowStepsUnavailable and the key store's KeyVersionUnavailable.
         """
         return self.start_all([request])[0]
 
@@ -74,6 +78,10 @@ class Endpoint:
         prompt, wanted = len(request.prompt_token_ids), request.params.max_tokens
         if prompt + wanted > self.max_model_len:
             raise ContextLengthExceeded(prompt, wanted, self.max_model_len)
+        if request.flow_steps is not None and self.variant != "fm-moe":
+            raise FlowStepsUnavailable(
+                f"endpoint {self.name!r} has no flow-matching experts: 'flow_steps' does not apply"
+            )
         use, keys, teach = self._keys_for(request)
         mailbox = open_mailbox()
         sequence = Sequence(
@@ -87,6 +95,7 @@ class Endpoint:
             deliver=mailbox.put,
             eos_token_id=self.eos_token_id,
             arrived_at=time.monotonic(),
+            flow_steps=request.flow_steps,
         )
         return sequence, Generation(self.runner, sequence, mailbox, self.tokenizer, request.stop, use)
 

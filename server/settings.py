@@ -125,15 +125,35 @@ class KeyStoreSettings(Section):
 class EndpointSettings(Section):
     """One served model: which variant, and how its keys move."""
 
-    variant: Literal["dense", "some"]
+    variant: Literal["dense", "some", "moe", "mom", "fm-moe", "ffn"]
     weights: Path | None = None  # a folder of expert blocks; None: those shipped with Libration
+    device: str | None = None  # None: the engine's; endpoints of one device share its base and its batches
     plasticity: Literal["off", "read", "learn"] = "learn"  # what a request gets that does not say
     plastic_layers: tuple[int, ...] | None = None  # None: the upper half of the layers that have blocks
     gravity: GravitySettings = GravitySettings()
 
+    @model_validator(mode="after")
+    def _fits_the_variant(self) -> "EndpointSettings":
+        plastic_only = {"plasticity", "plastic_layers", "gravity"} & self.model_fields_set
+        if self.variant != "some" and plastic_only:
+            raise ValueError(
+                f"variant {self.variant!r} has no routing keys: leave out {', '.join(sorted(plastic_only))}"
+            )
+        if self.variant == "dense" and self.weights is not None:
+            raise ValueError("variant 'dense' is the base without blocks: leave out weights")
+        if self.variant == "ffn" and self.weights is None:
+            raise ValueError("variant 'ffn' is a control of the training: name its folder in weights")
+        return self
+
 
 def _default_endpoints() -> dict[str, EndpointSettings]:
-    return {"some": EndpointSettings(variant="some"), "dense": EndpointSettings(variant="dense")}
+    return {
+        "some": EndpointSettings(variant="some"),
+        "moe": EndpointSettings(variant="moe"),
+        "mom": EndpointSettings(variant="mom"),
+        "fm-moe": EndpointSettings(variant="fm-moe"),
+        "dense": EndpointSettings(variant="dense"),
+    }
 
 
 class Settings(BaseSettings):

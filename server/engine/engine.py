@@ -129,13 +129,21 @@ class Engine:
         if sequence.decoding:
             position = len(sequence.prompt_token_ids) + len(sequence.generated) - 1
             return Segment(
-                sequence.generated[-1:], position, sequence.cache, variant, sequence.keys, decode=True
+                sequence.generated[-1:],
+                position,
+                sequence.cache,
+                variant,
+                sequence.keys,
+                decode=True,
+                flow_steps=sequence.flow_steps,
             )
         start = sequence.prefilled
         teaching = sequence.teach is not None and start + 1 < len(sequence.prompt_token_ids)
         trace = RoutingTrace(self._plastic_layers[sequence.endpoint]) if teaching else None
         tokens = sequence.prompt_token_ids[start : start + count]
-        return Segment(tokens, start, sequence.cache, variant, sequence.keys, trace)
+        return Segment(
+            tokens, start, sequence.cache, variant, sequence.keys, trace, flow_steps=sequence.flow_steps
+        )
 
     def _advance(
         self, plan: list[tuple[Sequence, int]], segments: list[Segment], hidden: torch.Tensor

@@ -31,11 +31,12 @@ class Sequence:
     params: SamplingParams
     endpoint: str
     variant: str | None  # None: the untouched base
-    keys: KeyView | None  # the version pinned for the whole request
+    keys: KeyView | None  # the version pinned for the whole request; None: a variant without routing keys
     teach: Callable[["Lesson"], None] | None  # takes the routing of the prompt's chunks in
     deliver: Callable[[TokenEvent], None]
     eos_token_id: int
     arrived_at: float
+    flow_steps: int | None = None  # of flow-matching experts; None: the variant's own
     admitted_at: float | None = None
     first_token_at: float | None = None
     last_token_at: float | None = None

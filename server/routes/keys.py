@@ -146,15 +146,17 @@ def list_versions(
 @router.get("/{endpoint}/usage")
 def show_usage(request: Request, endpoint: str) -> Response:
     """Tokens per phase, layer and expert since the start of the process: the matrix behind the metrics."""
-    served, _ = routing_keys_of(state_of(request).registry, endpoint)
-    assert served.usage is not None, endpoint
+    usage = state_of(request).registry.get(endpoint).usage
+    if usage is None:
+        raise NotFound(f"the endpoint {endpoint!r} has no experts")
     return json_response(
         {
             "endpoint": endpoint,
-            "phases": served.usage.PHASES,
-            "layers": served.usage.layers,
-            "num_experts": served.usage.counts.shape[2],
-            "counts": served.usage.counts.copy(),
+            "phases": usage.PHASES,
+            "layers": usage.layers,
+            "num_experts": usage.counts.shape[2],
+            "num_experts_per_tok": usage.num_experts_per_tok,
+            "counts": usage.counts.copy(),
         }
     )
 

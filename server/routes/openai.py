@@ -163,6 +163,7 @@ def _requests(
                 session_id=body.session_id,
                 plasticity=body.plasticity,
                 key_version=body.key_version,
+                flow_steps=body.flow_steps,
             )
             repeats = choice > 0 and (body.plasticity or default) == "learn"
             yield replace(first, plasticity="read") if repeats else first

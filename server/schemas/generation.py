@@ -15,6 +15,7 @@ MAX_CHOICES = 8
 MAX_STOP_STRINGS = 4
 COLDEST_TEMPERATURE = 1e-3  # below, dividing logits overflows and the likeliest token is certain anyway
 MOST_TOKENS = 1_000_000
+MOST_FLOW_STEPS = 64
 
 
 def _listed(value: Any) -> Any:  # Any: JSON
@@ -60,6 +61,7 @@ class GenerationBody(Body):
     session_id: SessionId | None = None
     plasticity: PlasticityMode | None = None
     key_version: KeyVersion | None = None
+    flow_steps: Annotated[int, Field(ge=1, le=MOST_FLOW_STEPS)] | None = None  # flow-matching experts only
 
     @model_validator(mode="after")
     def _stream_options_need_a_stream(self) -> "GenerationBody":

@@ -33,7 +33,6 @@ SAMPLING: Neutral = {
     "response_format": ({"type": "text"},),
     "priority": (0,),
     "return_routed_experts": (False,),
-    "flow_steps": (),
 }
 COMPLETION: Neutral = SAMPLING | {
     "logprobs": (),

@@ -35,6 +35,7 @@ from server.state import ServerState
 
 SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>"]
 CONTEXT = 4096
+FROZEN = ("moe", "mom", "fm-moe")  # variants without routing keys
 CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'assistant' and loop.first %}{{ raise_exception('user first') }}"
     "{% endif %}<|user|>{{ m.content }}<|end|>{% endfor %}<|assistant|>"
@@ -130,6 +131,7 @@ def serve(make_tiny, tokenizer) -> Callable[..., contextmanager]:
     ) -> Iterator[Served]:
         tiny = make_tiny(torch.float32, vocab_size=tokenizer.vocab_size, max_position_embeddings=CONTEXT)
         gravity = gravity or GravityConfig(window_tokens=64)
+        frozen = {name: make_tiny(torch.float32, name).variant for name in FROZEN}
         anchors = {layer: block.get_parameter("anchors").numpy() for layer, block in tiny.blocks.items()}
         metrics = Metrics()
         store = KeyStore(
@@ -142,7 +144,7 @@ def serve(make_tiny, tokenizer) -> Callable[..., contextmanager]:
         )
         engine = Engine(
             tiny.model,
-            {"some": tiny.variant},
+            {"some": tiny.variant} | frozen,
             scheduler or SchedulerConfig(prefill_chunk=64, step_tokens=128),
             kv_cache_tokens,
             {"some": frozenset([2])},
@@ -159,7 +161,11 @@ def serve(make_tiny, tokenizer) -> Callable[..., contextmanager]:
             usage=tiny.variant.usage,
             plasticity=Plasticity(store, teacher, "learn"),
         )
-        registry = Registry({"some": some, "dense": dense}, (runner,))
+        others = {
+            name: replace(dense, name=name, variant=name, usage=variant.usage)
+            for name, variant in frozen.items()
+        }
+        registry = Registry({"some": some, **others, "dense": dense}, (runner,))
         parts = Parts(registry, (), (store,))
         metrics.watch(registry, "0.0.test")
         server_state = ServerState(registry, metrics, "0.0.test", "fp-test", time.time(), **state)

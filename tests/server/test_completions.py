@@ -158,7 +158,7 @@ def test_a_path_pins_the_endpoint(served):
 
 def test_models_are_listed_and_found(served):
     listed = served.get("/v1/models").json()
-    assert [m["id"] for m in listed["data"]] == ["some", "dense"]
+    assert [m["id"] for m in listed["data"]] == ["some", "moe", "mom", "fm-moe", "dense"]
     assert served.get("/v1/models/some").json() == listed["data"][0]
 
 

@@ -51,7 +51,7 @@ def test_openais_client_completes_and_lists(client):
         model="dense", prompt=["a", "b"], max_tokens=3, extra_body={"ignore_eos": True}
     )
     assert len(answer.choices) == 2
-    assert [m.id for m in client.models.list()] == ["some", "dense"]
+    assert [m.id for m in client.models.list()] == ["some", "moe", "mom", "fm-moe", "dense"]
 
 
 def test_openais_client_understands_our_errors(client):

@@ -33,6 +33,9 @@ def test_the_command_line_beats_the_environment_beats_the_file_beats_the_default
         ("[endpoints.a]\nvariant = 'some'\n[endpoints.a.gravity]\ntrust_radius = -1", "endpoints.a.gravity"),
         ("[endpoints.'A B']\nvariant = 'dense'", "endpoints.A B"),
         ("[server]\nport = 70000", "server.port"),
+        ("[endpoints.a]\nvariant = 'moe'\nplasticity = 'learn'", "endpoints.a"),
+        ("[endpoints.a]\nvariant = 'dense'\nweights = 'x'", "endpoints.a"),
+        ("[endpoints.a]\nvariant = 'ffn'", "endpoints.a"),
     ],
 )
 def test_a_fault_in_the_file_is_named(tmp_path, text, where):
