@@ -25,6 +25,9 @@ PROMPT_TOKENS, NEW_TOKENS, LONG_PROMPT = 64, 64, 512
 MODES = {
     "some, learning": {"model": "some", "plasticity": "learn"},
     "some, learning off": {"model": "some", "plasticity": "off"},
+    "moe": {"model": "moe"},
+    "mom": {"model": "mom"},
+    "fm-moe": {"model": "fm-moe"},
     "dense": {"model": "dense"},
 }
 
