@@ -11,7 +11,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Two cores are the reference machine: tests keep numeric libraries to one thread each.
 TEST_ENV = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: setup serve test test-slow check fmt bench clean
+.PHONY: setup serve test test-slow test-gpu check fmt bench clean
 
 setup: $(STAMP)
 
@@ -34,6 +34,9 @@ test: setup
 
 test-slow: setup
 	$(TEST_ENV) $(BIN)/python -m pytest -q -m slow --timeout 3600
+
+test-gpu: setup
+	$(TEST_ENV) $(BIN)/python -m pytest -q -m gpu
 
 check: setup
 	$(BIN)/ruff check .

@@ -1,7 +1,7 @@
 """What every expert block has in common: its configuration, its rows of a batch, and what it leaves behind."""
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from model.errors import UnsupportedConfig
 from model.keys import KeyView
 
 
@@ -57,6 +58,7 @@ class BlockSpan:
     decode: bool
     state: dict[int, Tensor]  # what blocks with memory keep of the sequence, by layer
     flow_steps: int | None = None  # integration steps of flow-matching experts; None: the variant's own
+    routed: list[NDArray[np.int64]] | None = None  # takes in expert ids (T, K), a layer after another
 
 
 class ExpertUsage:
@@ -87,6 +89,7 @@ class ExpertBlock(nn.Module):
 
     def __init__(self, config: BlockConfig):
         super().__init__()
+        check_sizes(config)
         self.config = config
         self.norm = nn.Parameter(torch.ones(config.hidden_size))
 
@@ -107,14 +110,46 @@ class ExpertBlock(nn.Module):
         return F.rms_norm(hidden.float(), self.norm.shape, self.norm, self.config.rms_norm_eps)
 
 
+def check_sizes(config: BlockConfig) -> None:
+    """Raises UnsupportedConfig unless a token can go to `num_experts_per_tok` different experts of some width."""
+    if not 1 <= config.num_experts_per_tok <= config.num_experts:
+        raise UnsupportedConfig(
+            f"{config.kind}: num_experts_per_tok is {config.num_experts_per_tok}; "
+            f"allowed: 1 to num_experts, {config.num_experts}"
+        )
+    if config.expert_size < 1 or config.hidden_size < 1:
+        raise UnsupportedConfig(
+            f"{config.kind}: expert_size {config.expert_size}, hidden_size {config.hidden_size}; allowed: above 0"
+        )
+
+
+def check_choice(config: BlockConfig, name: str, allowed: Iterable[str]) -> None:
+    """Raises UnsupportedConfig unless the configuration's option `name` is one of the allowed."""
+    value, choices = getattr(config, name), sorted(allowed)
+    if value not in choices:
+        raise UnsupportedConfig(f"{config.kind}: {name} is {value!r}; allowed: {', '.join(choices)}")
+
+
 def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def record_usage(usage: ExpertUsage, layer: int, expert_ids: Tensor, spans: Sequence[BlockSpan]) -> None:
-    """Count what the spans' rows selected, expert_ids (T, K); rows that are written come first in a batch."""
+def record_routing(
+    usage: ExpertUsage,
+    layer: int,
+    expert_ids: Tensor,
+    spans: Sequence[BlockSpan],
+    active: Tensor | None = None,
+) -> None:
+    """Count what rows selected, expert_ids (T, K), and leave the ids with the spans that ask for them.
+
+    Rows that are written come first in a batch. Rows that are not `active` (T) are not counted.
+    """
     host = expert_ids.numpy(force=True)
+    counted = np.ones(len(host), dtype=bool) if active is None else active.numpy(force=True)
     written = sum(span.end - span.first for span in spans if span.decode)
-    for rows, decode in ((host[:written], True), (host[written:], False)):
-        if len(rows):
-            usage.add(layer, rows, decode=decode)
+    for rows, decode in ((slice(0, written), True), (slice(written, None), False)):
+        usage.add(layer, host[rows][counted[rows]], decode=decode)
+    for span in spans:
+        if span.routed is not None:
+            span.routed.append(host[span.first : span.end])

@@ -6,8 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.blocks.base import BlockConfig, BlockSpan, ExpertBlock, ExpertUsage, count_parameters, record_usage
+from model.blocks.base import (
+    BlockConfig,
+    BlockSpan,
+    ExpertBlock,
+    ExpertUsage,
+    count_parameters,
+    record_routing,
+)
 from model.blocks.experts import pad_rows
+from model.errors import UnsupportedConfig
 
 
 class FfnBlock(ExpertBlock):
@@ -15,13 +23,14 @@ class FfnBlock(ExpertBlock):
 
     def __init__(self, config: BlockConfig):
         super().__init__(config)
-        assert config.num_experts == config.num_experts_per_tok == 1, config
+        if config.num_experts != 1:
+            raise UnsupportedConfig(f"ffn: num_experts is {config.num_experts}; allowed: 1")
         hidden, width = config.hidden_size, config.expert_size
         self.down_proj = nn.Parameter(torch.randn(width, hidden) * hidden**-0.5)
         self.up_proj = nn.Parameter(torch.zeros(hidden, width))
 
     def serve(self, hidden: Tensor, layer: int, spans: Sequence[BlockSpan], usage: ExpertUsage) -> Tensor:
-        record_usage(usage, layer, torch.zeros(len(hidden), 1, dtype=torch.int64), spans)
+        record_routing(usage, layer, torch.zeros(len(hidden), 1, dtype=torch.int64), spans)
         return self._run(self.normed(hidden))
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.blocks.base import BlockConfig, BlockSpan, ExpertBlock, ExpertUsage, record_usage
+from model.blocks.base import BlockConfig, BlockSpan, ExpertBlock, ExpertUsage, check_choice, record_routing
 from model.blocks.experts import dispatch, padded_linear
 from model.blocks.routing import (
     BALANCE_LOSS_COEF,
@@ -22,7 +22,6 @@ from model.blocks.routing import (
     z_loss,
 )
 from model.blocks.solvers import SOLVERS, integrate, stage_times
-from model.errors import UnsupportedConfig
 from model.threads import one_thread
 
 LAYER_NORM_EPS = 1e-5
@@ -54,10 +53,7 @@ class FmMoeBlock(ExpertBlock):
 
     def __init__(self, config: FmMoeConfig):
         super().__init__(config)
-        if config.solver not in SOLVERS:
-            raise UnsupportedConfig(
-                f"fm-moe: solver is {config.solver!r}; allowed: {', '.join(sorted(SOLVERS))}"
-            )
+        check_choice(config, "solver", SOLVERS)
         self.router = nn.Parameter(torch.randn(config.num_experts, config.hidden_size) * 0.01)
         self.experts = FlowExperts(config)
 
@@ -65,7 +61,7 @@ class FmMoeBlock(ExpertBlock):
         with one_thread():
             normed = self.normed(hidden)
             gates, expert_ids, _ = self.route(normed)
-            record_usage(usage, layer, expert_ids, spans)
+            record_routing(usage, layer, expert_ids, spans)
             parts = [
                 self.experts(normed[rows], expert_ids[rows], steps or self.config.flow_steps)
                 for rows, steps in _rows_by_steps(spans)
@@ -244,9 +240,8 @@ def _rows_by_steps(spans: Sequence[BlockSpan]) -> list[tuple[slice, int | None]]
     """Consecutive rows that integrate in equally many steps."""
     groups: list[tuple[slice, int | None]] = []
     for span in spans:
+        first = span.first
         if groups and groups[-1][1] == span.flow_steps:
             first = groups.pop()[0].start
-        else:
-            first = span.first
         groups.append((slice(first, span.end), span.flow_steps))
     return groups

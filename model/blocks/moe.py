@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from model.blocks.base import BlockConfig, BlockSpan, ExpertBlock, ExpertUsage, record_usage
+from model.blocks.base import BlockConfig, BlockSpan, ExpertBlock, ExpertUsage, check_choice, record_routing
 from model.blocks.experts import EXPERT_FORMS, padded_linear
 from model.blocks.routing import switch_auxiliary_loss, top_k_of_softmax
 from model.threads import one_thread
@@ -30,6 +30,7 @@ class MoeBlock(ExpertBlock):
 
     def __init__(self, config: MoeConfig):
         super().__init__(config)
+        check_choice(config, "expert_form", EXPERT_FORMS)
         hidden = config.hidden_size
         self.router = nn.Parameter(torch.randn(config.num_experts, hidden) * hidden**-0.5)
         self.experts = EXPERT_FORMS[config.expert_form](config.num_experts, hidden, config.expert_size)
@@ -37,7 +38,7 @@ class MoeBlock(ExpertBlock):
     def serve(self, hidden: Tensor, layer: int, spans: Sequence[BlockSpan], usage: ExpertUsage) -> Tensor:
         with one_thread():
             combined, _, expert_ids = self._route(self.normed(hidden))
-            record_usage(usage, layer, expert_ids, spans)
+            record_routing(usage, layer, expert_ids, spans)
             return combined
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:

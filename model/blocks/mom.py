@@ -4,7 +4,7 @@ The paper (sections 2.2 to 2.6) defines names; the equations here resolve them. 
 M_i = FFN_i(P_i(x) + e_i); C_t = sum_i alpha_i M_i (eq. 1); F_t = S_t / z_t, S_t = l S_{t-1} + C_t (eq. 8, as a mean);
 tau = clamp(0.01 + softplus(w x + b), 0.01, 10) (eq. 3); g = softmax(A x / tau) (eqs. 4, 7);
 output = gamma (a W[C; F] + (1 - a) sum_i g_i M_i) (eqs. 10, 11). Tokens with tau under a threshold pass by (eq. 6): they
-get no contribution and leave no mark on the flow; when serving, their FFNs do not run. Backward flow (eq. 9) has no causal form and is refused.
+get no contribution and add nothing to the flow; when serving, their FFNs do not run. Backward flow (eq. 9) has no causal form and is refused.
 T tokens, N Masters, H hidden.
 """
 
@@ -22,7 +22,9 @@ from model.blocks.base import (
     BlockSpan,
     ExpertBlock,
     ExpertUsage,
+    check_choice,
     count_parameters,
+    record_routing,
 )
 from model.blocks.experts import ACTIVATION_MULTIPLE, pad_rows, padded_linear
 from model.blocks.masters import MASTERS, Master
@@ -102,7 +104,8 @@ class MomBlock(ExpertBlock):
             contribution, gates, active = self._compute(self.normed(hidden), positions, memory)
             for span, state in zip(spans, memory.states, strict=True):
                 span.state[layer] = state
-            self._record(usage, layer, gates, active, spans)
+            largest = gates.topk(self.config.num_experts_per_tok, dim=-1).indices
+            record_routing(usage, layer, largest, spans, active.squeeze(-1) > 0)
             return contribution
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,16 +176,6 @@ class MomBlock(ExpertBlock):
         soft = ((temperatures - self.config.bypass_threshold) / BYPASS_SOFTNESS).sigmoid()
         return hard + (soft - soft.detach())
 
-    def _record(
-        self, usage: ExpertUsage, layer: int, gates: Tensor, active: Tensor, spans: Sequence[BlockSpan]
-    ) -> None:
-        """Count each active token for its k largest gates."""
-        ids = gates.topk(self.config.num_experts_per_tok, dim=-1).indices  # (T, k)
-        keep = active.squeeze(-1) > 0
-        written = sum(span.end - span.first for span in spans if span.decode)
-        for rows, decode in ((slice(0, written), True), (slice(written, None), False)):
-            usage.add(layer, ids[rows][keep[rows]].numpy(force=True), decode=decode)
-
     def _master(self, index: int) -> Master:
         return cast(Master, self.masters[index])
 
@@ -198,10 +191,7 @@ def check(config: MomConfig) -> None:
             "backward flow (eq. 9) sees later tokens: a causal model cannot have it, and scores from it are void"
         )
     for name, allowed in CHOICES.items():
-        if getattr(config, name) not in allowed:
-            raise UnsupportedConfig(
-                f"mom: {name} is {getattr(config, name)!r}; allowed: {', '.join(allowed)}"
-            )
+        check_choice(config, name, allowed)
     if not 0 < config.flow_decay <= 1:
         raise UnsupportedConfig(f"mom: flow_decay is {config.flow_decay}; allowed: above 0, at most 1")
 

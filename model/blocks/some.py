@@ -11,9 +11,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from model.blocks.base import BlockConfig, BlockSpan, ExpertBlock, ExpertUsage, LayerTrace, record_usage
+from model.blocks.base import (
+    BlockConfig,
+    BlockSpan,
+    ExpertBlock,
+    ExpertUsage,
+    LayerTrace,
+    check_choice,
+    record_routing,
+)
 from model.blocks.experts import EXPERT_FORMS, padded_linear
 from model.blocks.routing import switch_auxiliary_loss
+from model.errors import UnsupportedConfig
 from model.threads import one_thread
 
 
@@ -36,9 +45,14 @@ class SomeBlock(ExpertBlock):
 
     def __init__(self, config: SomeConfig):
         super().__init__(config)
+        check_choice(config, "query", ("linear", "identity"))
+        check_choice(config, "expert_form", EXPERT_FORMS)
         hidden = config.hidden_size
         if config.query == "identity":
-            assert config.key_size == hidden, (config.key_size, hidden)
+            if config.key_size != hidden:
+                raise UnsupportedConfig(
+                    f"some: with query 'identity' key_size is {config.key_size}; allowed: {hidden}"
+                )
             self.query_proj = None
         else:
             self.query_proj = nn.Parameter(torch.randn(config.key_size, hidden) * hidden**-0.5)
@@ -53,7 +67,7 @@ class SomeBlock(ExpertBlock):
         normed = self.normed(hidden)
         queries = self._queries(normed)
         scores, expert_ids = self._search(queries, layer, spans)
-        record_usage(usage, layer, expert_ids, spans)
+        record_routing(usage, layer, expert_ids, spans)
         gates = scores.softmax(-1)
         outputs = self.experts(normed, expert_ids)  # (T, K, H)
         combined = (outputs * gates.unsqueeze(-1)).sum(1)
