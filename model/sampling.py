@@ -3,7 +3,8 @@
 V vocabulary.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -13,9 +14,12 @@ CANDIDATES = 4096  # how many of the likeliest tokens are looked at before the w
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How one sequence chooses its tokens. temperature 0 is greedy; top_k 0 and top_p 1 switch those off."""
+    """How one sequence chooses its tokens. temperature 0 is greedy; top_k 0 and top_p 1 switch those off.
 
-    max_tokens: int
+    Presence and frequency penalties count generated tokens, the repetition penalty also the prompt's, as in vLLM.
+    """
+
+    max_tokens: int  # 0: the prompt is only read
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -23,6 +27,22 @@ class SamplingParams:
     seed: int | None = None
     stop_token_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict[int, float])
+    min_tokens: int = 0
+
+    @property
+    def adjusted(self) -> bool:
+        """Whether `adjust` changes anything, now or later."""
+        return bool(
+            self.presence_penalty
+            or self.frequency_penalty
+            or self.repetition_penalty != 1.0
+            or self.logit_bias
+            or self.min_tokens
+        )
 
     @property
     def greedy(self) -> bool:
@@ -31,6 +51,37 @@ class SamplingParams:
     @property
     def filtered(self) -> bool:
         return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
+
+
+def adjust(
+    logits: Tensor,
+    params: SamplingParams,
+    prompt_token_ids: Tensor,
+    generated: Sequence[int],
+    eos_token_id: int,
+) -> Tensor:
+    """Logits (V) float32 after logit_bias, min_tokens and the penalties, in vLLM's order; a new tensor.
+
+    prompt_token_ids: int64, in any order. The repetition penalty divides positive logits and multiplies
+    negative ones (CTRL, section 4.1); presence is subtracted once, frequency once for each occurrence.
+    """
+    logits = logits.clone()
+    if params.logit_bias:
+        biased = logits.new_tensor(list(params.logit_bias), dtype=torch.int64)
+        logits[biased] += logits.new_tensor(list(params.logit_bias.values()))
+    if len(generated) < params.min_tokens:
+        endings = params.stop_token_ids | (frozenset() if params.ignore_eos else {eos_token_id})
+        logits[logits.new_tensor(sorted(endings), dtype=torch.int64)] = -torch.inf
+    written, counts = logits.new_tensor(generated, dtype=torch.int64).unique(return_counts=True)
+    if params.repetition_penalty != 1.0:
+        seen = torch.cat((prompt_token_ids, written)).unique()
+        values = logits[seen]
+        logits[seen] = torch.where(
+            values > 0, values / params.repetition_penalty, values * params.repetition_penalty
+        )
+    if params.presence_penalty or params.frequency_penalty:
+        logits[written] -= params.presence_penalty + params.frequency_penalty * counts
+    return logits
 
 
 def sample(logits: Tensor, params: SamplingParams, generator: torch.Generator) -> int:

@@ -67,6 +67,11 @@ class TextTokenizer:
         self._token_bytes = _byte_table(self._backend, self.special_ids)
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         self._template = environment.from_string(spec.chat_template, globals={"raise_exception": _refuse})
+        self.chat_template, self.bos_token, self.eos_token = (
+            spec.chat_template,
+            spec.bos_token,
+            spec.eos_token,
+        )
         self._template_names = {"bos_token": spec.bos_token, "eos_token": spec.eos_token}
 
     @property

@@ -9,8 +9,10 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from model.attention import attend_cached, causal_mask, rope_table, rotate
@@ -59,6 +61,7 @@ class Segment:
     trace: RoutingTrace | None = None
     decode: bool = False
     flow_steps: int | None = None  # integration steps of flow-matching experts; None: the variant's own
+    routed: list[NDArray[np.int64]] | None = None  # takes in each routed layer's expert ids (T, K)
 
 
 class Transformer:
@@ -139,20 +142,23 @@ class Transformer:
         return hidden + weights.down_proj(F.silu(gate) * up, decode_rows)
 
     @torch.inference_mode()
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, wanted: Tensor | None = None) -> Tensor:
         """Next-token logits of some rows: (n, H) -> (n, V) float32.
 
-        bfloat16 rounds logits near 25 to eighths, which ties the best tokens; the likeliest are computed again
-        in float32.
+        bfloat16 rounds logits near 25 to eighths, which ties the best tokens; the likeliest, and for each row a
+        token that is `wanted` (n), are computed again in float32.
         """
         count = len(hidden)
-        hidden = F.pad(hidden, (0, 0, 0, -count % ROW_MULTIPLE[self.dtype]))
+        padding = -count % ROW_MULTIPLE[self.dtype]
+        hidden = F.pad(hidden, (0, 0, 0, padding))
         normed = F.rms_norm(hidden, self.final_norm.shape, self.final_norm, self.config.rms_norm_eps)
         logits = F.linear(normed.to(self.dtype), self.embedding).float()
         if self.dtype != torch.float32:
-            likeliest = logits.topk(EXACT_LOGITS, dim=1).indices  # (n, EXACT_LOGITS)
-            exact = (self.embedding[likeliest].float() * normed.unsqueeze(1)).sum(-1)
-            logits.scatter_(1, likeliest, exact)
+            again = logits.topk(EXACT_LOGITS, dim=1).indices  # (n, EXACT_LOGITS)
+            if wanted is not None:
+                again = torch.cat((again, F.pad(wanted, (0, padding)).unsqueeze(1)), dim=1)
+            exact = (self.embedding[again].float() * normed.unsqueeze(1)).sum(-1)
+            logits.scatter_(1, again, exact)
         return logits[:count]
 
     def rope_at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -197,6 +203,7 @@ class Transformer:
                         decode=segment.decode,
                         state=segment.cache.block_states,
                         flow_steps=segment.flow_steps,
+                        routed=segment.routed,
                     )
                 )
                 groups.append((variant, first, row + length, members))

@@ -1,19 +1,22 @@
-"""One request on its way through the engine: text out of tokens, stop strings, cancellation.
+"""One request on its way through the engine: its deltas, its end, its cancellation.
 
 Knows the engine and the tokenizer; knows no HTTP and no key store.
 """
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import numpy as np
+
 from model.sampling import SamplingParams
-from model.tokenizer import TextStream, TextTokenizer
+from model.tokenizer import TextTokenizer
+from server.answer_text import AnswerText, TextDelta
 from server.engine.errors import GenerationFailed
 from server.engine.mailbox import Mailbox
 from server.engine.runner import EngineRunner
-from server.engine.sequence import Sequence, TokenEvent
+from server.engine.sequence import Report, RoutedRows, Sequence
 
 PlasticityMode = Literal["off", "read", "learn"]
 
@@ -31,6 +34,7 @@ class GenerationRequest:
     plasticity: PlasticityMode | None = None  # None: the endpoint's own default
     key_version: int | None = None  # None: the scope's newest
     flow_steps: int | None = None  # None: the variant's own
+    report: Report = field(default_factory=Report)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +45,6 @@ class KeyUse:
     scope: str | None
     plasticity: PlasticityMode
     learned_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class TextDelta:
-    """Newly written text. The last delta of an answer carries the reason of its end."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: Literal["stop", "length"] | None = None
 
 
 class Generation:
@@ -63,14 +58,18 @@ class Generation:
         tokenizer: TextTokenizer,
         stop: tuple[str, ...],
         keys: KeyUse,
+        report: Report,
     ):
         self.keys = keys
+        self.tokenizer = tokenizer
         self.prompt_tokens = len(sequence.prompt_token_ids)
         self._runner = runner
         self._sequence = sequence
         self._mailbox = mailbox
-        self._stream = TextStream(tokenizer)
-        self._stop = StopStrings(stop)
+        self._report = report
+        self._text = AnswerText(tokenizer, sequence.prompt_token_ids, stop, report)
+        self._generated = 0
+        self._routed: list[RoutedRows] = []
 
     async def deltas(self) -> AsyncIterator[TextDelta]:
         """Text as it is written, ending with the delta that has a finish reason.
@@ -79,16 +78,21 @@ class Generation:
         """
         finished = False
         try:
+            opening = self._text.open()
+            if opening is not None:
+                yield opening
             async for event in self._mailbox.events():
                 if event.finish_reason in ("error", "cancelled"):
                     finished = True
                     raise GenerationFailed("the engine gave up on this request")
-                delta = self._read(event)
+                delta = self._text.read(event)
+                self._generated += len(delta.token_ids)
+                self._routed.extend(event.routed)
                 finished = event.finish_reason is not None
                 if delta.finish_reason is not None and not finished:
                     finished = True
                     self._runner.end(self._sequence, "stop")
-                yield delta
+                yield self._completed(delta)
                 if finished:
                     return
         finally:
@@ -99,50 +103,12 @@ class Generation:
         """Give the slot and the memory back; harmless when the answer is already complete."""
         self._runner.end(self._sequence, "cancelled")
 
-    def _read(self, event: TokenEvent) -> TextDelta:
-        """Text of an event, token by token, so that how events were merged does not show in the answer."""
-        text = ""
-        for count, token_id in enumerate(event.token_ids, 1):
-            if event.finish_reason == "stop" and count == len(event.token_ids):
-                break  # the token that ended the answer is not part of its text
-            piece, stopped = self._stop.push(self._stream.push((token_id,)))
-            text += piece
-            if stopped:
-                return TextDelta(text, event.token_ids[:count], "stop")
-        if event.finish_reason is None:
-            return TextDelta(text, event.token_ids)
-        piece, stopped = self._stop.push(self._stream.finish())
-        text += piece if stopped else piece + self._stop.rest()
-        reason = "length" if event.finish_reason == "length" and not stopped else "stop"
-        return TextDelta(text, event.token_ids, reason)
-
-
-class StopStrings:
-    """Cuts text at the first stop string, holding back whatever might still become one."""
-
-    def __init__(self, stop: tuple[str, ...]):
-        self._stop = stop
-        self._held = ""
-
-    def push(self, text: str) -> tuple[str, bool]:
-        """Text that is safe to show, and whether a stop string was reached (it is not shown)."""
-        if not self._stop:
-            return text, False
-        text = self._held + text
-        found = [position for stop in self._stop if (position := text.find(stop)) >= 0]
-        if found:
-            self._held = ""
-            return text[: min(found)], True
-        keep = max(
-            (n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0
-        )
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep], False
-
-    def rest(self) -> str:
-        """What was held back, once no more text comes."""
-        rest, self._held = self._held, ""
-        return rest
+    def _completed(self, delta: TextDelta) -> TextDelta:
+        """The last delta with the routing of every token but the last, which was never fed back."""
+        if delta.finish_reason is None or not self._report.routed_experts:
+            return delta
+        fed = self.prompt_tokens + self._generated - 1
+        return replace(delta, routed_experts=np.concatenate(self._routed)[:fed])
 
 
 def open_mailbox() -> Mailbox:

@@ -28,6 +28,10 @@ class FlowStepsUnavailable(ValueError):
     """The request asks for integration steps of an endpoint that has no flow-matching experts."""
 
 
+class RoutedExpertsUnavailable(ValueError):
+    """The request asks which experts worked, of an endpoint that has none."""
+
+
 @dataclass(frozen=True, slots=True)
 class Plasticity:
     """The moving part of an endpoint: its key store, what turns prompts into statistics, the default mode."""
@@ -55,7 +59,7 @@ class Endpoint:
         """Queue a request. Needs a running event loop.
 
         Raises ContextLengthExceeded, EngineOverloaded, EngineDraining, PlasticityUnavailable,
-        FlowStepsUnavailable and the key store's KeyVersionUnavailable.
+        FlowStepsUnavailable, RoutedExpertsUnavailable and the key store's KeyVersionUnavailable.
         """
         return self.start_all([request])[0]
 
@@ -82,6 +86,10 @@ class Endpoint:
             raise FlowStepsUnavailable(
                 f"endpoint {self.name!r} has no flow-matching experts: 'flow_steps' does not apply"
             )
+        if request.report.routed_experts and self.usage is None:
+            raise RoutedExpertsUnavailable(
+                f"endpoint {self.name!r} has no experts: 'return_routed_experts' does not apply"
+            )
         use, keys, teach = self._keys_for(request)
         mailbox = open_mailbox()
         sequence = Sequence(
@@ -96,8 +104,11 @@ class Endpoint:
             eos_token_id=self.eos_token_id,
             arrived_at=time.monotonic(),
             flow_steps=request.flow_steps,
+            report=request.report,
         )
-        return sequence, Generation(self.runner, sequence, mailbox, self.tokenizer, request.stop, use)
+        return sequence, Generation(
+            self.runner, sequence, mailbox, self.tokenizer, request.stop, use, request.report
+        )
 
     def _keys_for(
         self, request: GenerationRequest

@@ -4,14 +4,17 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from model.blocks.base import RoutingTrace
 from model.kv_cache import CacheBudget
-from model.sampling import sample
+from model.logprobs import TokenScore, score_hidden
 from model.transformer import Segment, Transformer, Variant
+from server.engine.choosing import choose
 from server.engine.scheduler import Scheduler, SchedulerConfig
-from server.engine.sequence import FinishReason, Lesson, Sequence, TokenEvent
+from server.engine.sequence import FinishReason, Lesson, RoutedRows, Sequence, TokenEvent
 
 
 @dataclass(slots=True)
@@ -74,10 +77,14 @@ class Engine:
         segments = [self._segment(sequence, count) for sequence, count in plan]
         hidden = self.model.step(segments)
         self.counters.steps += 1
+        unread = {s: s.prefilled for s, _ in plan if s.report.scores_prompt and not s.decoding}
         self._advance(plan, segments, hidden)
-        writing = [(s, row) for s, row in self._last_rows(plan) if s.decoding]
-        if writing:
-            self._sample_and_deliver([s for s, _ in writing], hidden[[row for _, row in writing]])
+        rows = self._rows(plan)
+        self._sample_and_deliver([s for s, _ in plan if s not in unread], rows, hidden)
+        # Scoring a prompt takes time: it comes when everybody else has this step's tokens.
+        for sequence, start in unread.items():
+            self._score_prompt(sequence, start, hidden[rows[sequence]])
+        self._sample_and_deliver([s for s in unread if s.cache is not None], rows, hidden)
 
     def teach(self) -> None:
         """Hand the finished chunks of teaching prompts on.
@@ -89,7 +96,13 @@ class Engine:
             assert lesson.sequence.teach is not None, lesson.sequence.sequence_id
             lesson.sequence.teach(lesson)
 
-    def finish(self, sequence: Sequence, reason: FinishReason, token_ids: tuple[int, ...] = ()) -> None:
+    def finish(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        token_ids: tuple[int, ...] = (),
+        scores: tuple[TokenScore, ...] = (),
+    ) -> None:
         """End a sequence, give its memory back and tell its reader."""
         self.scheduler.remove(sequence)
         if sequence.cache is not None:
@@ -97,7 +110,7 @@ class Engine:
             sequence.cache = None
         self.counters.finished[sequence.endpoint, reason] += 1
         self._observe.finished(sequence.endpoint, self._clock() - sequence.arrived_at)
-        sequence.deliver(TokenEvent(token_ids, reason))
+        sequence.deliver(TokenEvent(token_ids, reason, scores, routed=_taken(sequence)))
 
     def fail_running(self) -> list[Sequence]:
         """End every running sequence with an error, after a step that raised; returns them."""
@@ -116,6 +129,8 @@ class Engine:
                 sequence.generator.seed()
             else:
                 sequence.generator.manual_seed(sequence.params.seed)
+        if sequence.params.adjusted:
+            sequence.prompt_ids = torch.tensor(sequence.prompt_token_ids, device=self.model.device).unique()
         self._observe.queued(sequence.endpoint, sequence.admitted_at - sequence.arrived_at)
 
     def _drop_ended(self) -> None:
@@ -126,6 +141,7 @@ class Engine:
     def _segment(self, sequence: Sequence, count: int) -> Segment:
         assert sequence.cache is not None, sequence.sequence_id
         variant = self.variants[sequence.variant] if sequence.variant else None
+        routed: list[NDArray[np.int64]] | None = [] if sequence.report.routed_experts else None
         if sequence.decoding:
             position = len(sequence.prompt_token_ids) + len(sequence.generated) - 1
             return Segment(
@@ -136,13 +152,21 @@ class Engine:
                 sequence.keys,
                 decode=True,
                 flow_steps=sequence.flow_steps,
+                routed=routed,
             )
         start = sequence.prefilled
         teaching = sequence.teach is not None and start + 1 < len(sequence.prompt_token_ids)
         trace = RoutingTrace(self._plastic_layers[sequence.endpoint]) if teaching else None
         tokens = sequence.prompt_token_ids[start : start + count]
         return Segment(
-            tokens, start, sequence.cache, variant, sequence.keys, trace, flow_steps=sequence.flow_steps
+            tokens,
+            start,
+            sequence.cache,
+            variant,
+            sequence.keys,
+            trace,
+            flow_steps=sequence.flow_steps,
+            routed=routed,
         )
 
     def _advance(
@@ -150,6 +174,9 @@ class Engine:
     ) -> None:
         row = 0
         for (sequence, count), segment in zip(plan, segments, strict=True):
+            if segment.routed:
+                assert segment.variant is not None, sequence.sequence_id
+                sequence.routed.append(_compact(segment.routed, segment.variant))
             if not sequence.decoding:
                 sequence.prefilled += count
                 self.counters.prompt_tokens[sequence.endpoint] += count
@@ -162,31 +189,44 @@ class Engine:
             row += count
 
     @staticmethod
-    def _last_rows(plan: list[tuple[Sequence, int]]) -> list[tuple[Sequence, int]]:
-        rows: list[tuple[Sequence, int]] = []
+    def _rows(plan: list[tuple[Sequence, int]]) -> dict[Sequence, slice]:
+        rows: dict[Sequence, slice] = {}
         row = 0
         for sequence, count in plan:
+            rows[sequence] = slice(row, row + count)
             row += count
-            rows.append((sequence, row - 1))
         return rows
 
-    def _sample_and_deliver(self, sequences: list[Sequence], hidden: torch.Tensor) -> None:
-        logits = self.model.logits(hidden)
-        sane = logits.sum(dim=1).isfinite().tolist()  # a sum is finite only if every term is
-        greedy = logits.argmax(dim=1).tolist()
-        now = self._clock()
-        for i, sequence in enumerate(sequences):
-            if not sane[i]:
-                self.finish(sequence, "error")
-                continue
-            token = (
-                greedy[i]
-                if sequence.generator is None
-                else sample(logits[i], sequence.params, sequence.generator)
-            )
-            self._deliver(sequence, token, now)
+    def _score_prompt(self, sequence: Sequence, start: int, hidden: torch.Tensor) -> None:
+        """Deliver how likely the prompt's tokens after rows (T, H) from `start` are."""
+        following = sequence.prompt_token_ids[start + 1 : start + 1 + len(hidden)]
+        assert sequence.report.top_logprobs is not None, sequence.sequence_id
+        try:
+            scores = tuple(score_hidden(self.model, hidden, following, sequence.report.top_logprobs))
+        except ValueError:
+            self.finish(sequence, "error")
+            return
+        sequence.deliver(TokenEvent((), prompt_scores=scores))
 
-    def _deliver(self, sequence: Sequence, token: int, now: float) -> None:
+    def _sample_and_deliver(
+        self, sequences: list[Sequence], rows: Mapping[Sequence, slice], hidden: torch.Tensor
+    ) -> None:
+        """The next token of those whose prompt is read; an end for those that want no token."""
+        for sequence in sequences:
+            if sequence.decoding and not sequence.params.max_tokens:
+                self.finish(sequence, "length")
+        writing = [s for s in sequences if s.decoding and s.params.max_tokens]
+        if not writing:
+            return
+        logits = self.model.logits(hidden[[rows[s].stop - 1 for s in writing]])
+        now = self._clock()
+        for choice in choose(writing, logits):
+            if choice.token_id is None:
+                self.finish(choice.sequence, "error")
+            else:
+                self._deliver(choice.sequence, choice.token_id, choice.scores, now)
+
+    def _deliver(self, sequence: Sequence, token: int, scores: tuple[TokenScore, ...], now: float) -> None:
         sequence.generated.append(token)
         self.counters.generated_tokens[sequence.endpoint] += 1
         if sequence.last_token_at is None:
@@ -197,6 +237,19 @@ class Engine:
         sequence.last_token_at = now
         reason = sequence.finish_reason()
         if reason is None:
-            sequence.deliver(TokenEvent((token,)))
+            sequence.deliver(TokenEvent((token,), None, scores, routed=_taken(sequence)))
         else:
-            self.finish(sequence, reason, (token,))
+            self.finish(sequence, reason, (token,), scores)
+
+
+def _taken(sequence: Sequence) -> tuple[RoutedRows, ...]:
+    """The routing that the reader has not got yet."""
+    taken = tuple(sequence.routed)
+    sequence.routed.clear()
+    return taken
+
+
+def _compact(by_layer: list[NDArray[np.int64]], variant: Variant) -> RoutedRows:
+    """Expert ids (T, K) of each layer as (T, layers, K), in as few bytes as they fit."""
+    stacked = np.stack(by_layer, axis=1)
+    return stacked.astype(np.uint8 if variant.usage.counts.shape[-1] <= 256 else np.uint16)

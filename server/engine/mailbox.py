@@ -21,7 +21,7 @@ class Mailbox:
         with self._lock:
             waiting = self._pending
             if waiting is not None:
-                event = TokenEvent(waiting.token_ids + event.token_ids, event.finish_reason)
+                event = waiting.followed_by(event)
             self._pending = event
         if waiting is None:
             self._wake()

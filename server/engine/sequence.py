@@ -4,22 +4,52 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from model.blocks.base import RoutingTrace
 from model.keys import KeyView
 from model.kv_cache import SequenceCache
+from model.logprobs import TokenScore
 from model.sampling import SamplingParams
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+RoutedRows = NDArray[np.uint8 | np.uint16]  # (tokens, routed layers, K): expert ids
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What an answer tells besides its text."""
+
+    top_logprobs: int | None = None  # likeliest tokens told beside each token; None: no log-probabilities
+    echo: bool = False  # the prompt is part of the text
+    routed_experts: bool = False
+
+    @property
+    def scores_prompt(self) -> bool:
+        return self.echo and self.top_logprobs is not None
 
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
-    """What one step hands to one sequence's reader."""
+    """What one step hands to one sequence's reader. Scores come for all tokens or, unless asked for, for none."""
 
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
+    scores: tuple[TokenScore, ...] = ()
+    prompt_scores: tuple[TokenScore, ...] = ()  # from the prompt's second token on; before any of `token_ids`
+    routed: tuple[RoutedRows, ...] = ()  # of the tokens fed so far, in order
+
+    def followed_by(self, later: "TokenEvent") -> "TokenEvent":
+        """Both as one."""
+        return TokenEvent(
+            self.token_ids + later.token_ids,
+            later.finish_reason,
+            self.scores + later.scores,
+            self.prompt_scores + later.prompt_scores,
+            self.routed + later.routed,
+        )
 
 
 @dataclass(slots=True, eq=False)
@@ -37,6 +67,7 @@ class Sequence:
     eos_token_id: int
     arrived_at: float
     flow_steps: int | None = None  # of flow-matching experts; None: the variant's own
+    report: Report = Report()
     admitted_at: float | None = None
     first_token_at: float | None = None
     last_token_at: float | None = None
@@ -44,12 +75,14 @@ class Sequence:
     generated: list[int] = field(default_factory=list[int])
     cache: SequenceCache | None = None
     generator: torch.Generator | None = None
+    prompt_ids: torch.Tensor | None = None  # the prompt's distinct tokens, for a request that adjusts logits
+    routed: list[RoutedRows] = field(default_factory=list[RoutedRows])  # not yet delivered
     ended: FinishReason | None = None  # set by the reader: it needs no more tokens, and why
 
     @property
     def reservation(self) -> int:
         """Cache positions that the sequence may ever need. The last token is never fed back."""
-        return len(self.prompt_token_ids) + self.params.max_tokens - 1
+        return len(self.prompt_token_ids) + max(1, self.params.max_tokens) - 1
 
     @property
     def decoding(self) -> bool:

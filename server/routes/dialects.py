@@ -1,10 +1,13 @@
 """How an answer looks in each of OpenAI's two dialects. Plain dictionaries out; knows no engine."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from server.generation import KeyUse, TextDelta
+from model.tokenizer import TextTokenizer
+from server.answer_text import ScoredToken, TextDelta
+from server.generation import KeyUse
+from server.routes.logprobs import chat_logprobs, completion_logprobs, joined
 
 Json = dict[str, Any]  # Any: JSON
 
@@ -30,27 +33,42 @@ class Frame:
 
 
 @dataclass(slots=True)
+class Part:
+    """What one delta adds to a choice, or what all of them have come to."""
+
+    text: str = ""
+    finish_reason: str | None = None
+    logprobs: Json | None = None
+    extras: Json = field(default_factory=dict[str, Any])
+
+    def add(self, later: "Part") -> None:
+        self.text += later.text
+        self.finish_reason = later.finish_reason or self.finish_reason
+        if later.logprobs is not None:
+            self.logprobs = joined(self.logprobs, later.logprobs)
+        self.extras |= later.extras
+
+    @property
+    def tells_something(self) -> bool:
+        return self.text != "" or self.finish_reason is not None
+
+
+@dataclass(slots=True)
 class Tally:
-    """What an answer has come to so far."""
+    """How far an answer has come."""
 
     prompt_tokens: int
     choices: int
     completion_tokens: int = 0
-    texts: list[str] = field(default_factory=list[str])
-    finish_reasons: dict[int, str] = field(default_factory=dict[int, str])
+    finished: int = 0
 
-    def __post_init__(self) -> None:
-        self.texts = [""] * self.choices
-
-    def add(self, index: int, delta: TextDelta) -> None:
+    def add(self, delta: TextDelta) -> None:
         self.completion_tokens += len(delta.token_ids)
-        self.texts[index] += delta.text
-        if delta.finish_reason is not None:
-            self.finish_reasons[index] = delta.finish_reason
+        self.finished += delta.finish_reason is not None
 
     @property
     def complete(self) -> bool:
-        return len(self.finish_reasons) == self.choices
+        return self.finished == self.choices
 
     def usage(self) -> Json:
         return {
@@ -67,9 +85,11 @@ class Dialect(Protocol):
     whole: str
     piece: str
 
-    def choice(self, index: int, text: str, finish_reason: str | None) -> Json: ...
+    def choice(self, index: int, part: Part) -> Json: ...
 
-    def piece_choice(self, index: int, text: str, finish_reason: str | None) -> Json: ...
+    def piece_choice(self, index: int, part: Part) -> Json: ...
+
+    def logprobs(self, scored: Sequence[ScoredToken], tokenizer: TextTokenizer) -> Json: ...
 
     def opening(self, index: int) -> Json | None:
         """The choice of a stream's first chunk, if the dialect has one."""
@@ -80,10 +100,13 @@ class CompletionDialect:
     prefix = "cmpl-"
     whole = piece = "text_completion"
 
-    def choice(self, index: int, text: str, finish_reason: str | None) -> Json:
-        return {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}
+    def choice(self, index: int, part: Part) -> Json:
+        return _choice(index, {"text": part.text}, part)
 
     piece_choice = choice
+
+    def logprobs(self, scored: Sequence[ScoredToken], tokenizer: TextTokenizer) -> Json:
+        return completion_logprobs(scored, tokenizer)
 
     def opening(self, index: int) -> Json | None:
         return None
@@ -94,17 +117,29 @@ class ChatDialect:
     whole = "chat.completion"
     piece = "chat.completion.chunk"
 
-    def choice(self, index: int, text: str, finish_reason: str | None) -> Json:
-        message = {"role": "assistant", "content": text, "refusal": None}
-        return {"index": index, "message": message, "logprobs": None, "finish_reason": finish_reason}
+    def choice(self, index: int, part: Part) -> Json:
+        message = {"role": "assistant", "content": part.text, "refusal": None}
+        return _choice(index, {"message": message}, part)
 
-    def piece_choice(self, index: int, text: str, finish_reason: str | None) -> Json:
-        delta = {"content": text} if text else {}
-        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+    def piece_choice(self, index: int, part: Part) -> Json:
+        delta = {"content": part.text} if part.text else {}
+        return _choice(index, {"delta": delta}, part)
+
+    def logprobs(self, scored: Sequence[ScoredToken], tokenizer: TextTokenizer) -> Json:
+        return chat_logprobs(scored, tokenizer)
 
     def opening(self, index: int) -> Json | None:
-        delta = {"role": "assistant", "content": ""}
-        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+        return _choice(index, {"delta": {"role": "assistant", "content": ""}}, Part())
+
+
+def _choice(index: int, content: Json, part: Part) -> Json:
+    return {
+        "index": index,
+        **content,
+        "logprobs": part.logprobs,
+        "finish_reason": part.finish_reason,
+        **part.extras,
+    }
 
 
 def key_report(uses: list[KeyUse]) -> Json:

@@ -2,29 +2,21 @@
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import aclosing
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
 from server.exchange import caller_of, exchange_of
-from server.generation import Generation, GenerationRequest
+from server.generation import GenerationRequest
 from server.refusals import InvalidRequest
 from server.registry import Endpoint
-from server.routes.dialects import (
-    ChatDialect,
-    CompletionDialect,
-    Dialect,
-    Frame,
-    Tally,
-    key_headers,
-    key_report,
-)
+from server.routes.answers import Answer
+from server.routes.dialects import ChatDialect, CompletionDialect, Dialect, Frame, Tally, key_headers
 from server.routes.lookup import served_endpoint
-from server.routes.prompts import check_token_ids, encode_messages, encode_prompt
-from server.routes.streams import DONE, EventStream, interleaved, sse, stop_when_left
+from server.routes.prompts import check_logit_bias, check_token_ids, encode_messages, encode_prompt
+from server.routes.streams import DONE, EventStream, stop_when_left
 from server.routes.wire import StrictJsonRoute, json_response
 from server.schemas.chat import ChatBody, as_template_input
 from server.schemas.completions import DEFAULT_MAX_TOKENS, CompletionBody
@@ -32,6 +24,8 @@ from server.schemas.generation import GenerationBody
 from server.state import state_of
 
 router = APIRouter(route_class=StrictJsonRoute)
+
+MOST_LOGPROBS = 500_000  # tokens times entries of each; about 100 bytes each until the answer is sent
 
 COMPLETION, CHAT = CompletionDialect(), ChatDialect()
 
@@ -59,7 +53,7 @@ async def create_completion(request: Request, body: CompletionBody, endpoint: st
         await encode_prompt(target, prompt, "prompt" if single else f"prompt.{i}")
         for i, prompt in enumerate(body.prompt)
     ]
-    max_tokens = body.max_tokens or DEFAULT_MAX_TOKENS
+    max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     return await _generate(request, COMPLETION, target, body, prompts, max_tokens)
 
 
@@ -92,6 +86,7 @@ async def _generate(
         endpoint.name,
         state_of(request).system_fingerprint,
     )
+    answer = Answer(dialect, frame, generations, body.report, tally)
     headers = key_headers([generation.keys for generation in generations])
     if body.stream:
 
@@ -100,46 +95,13 @@ async def _generate(
             for generation in generations:
                 generation.cancel()
 
-        chunks = _chunks(dialect, frame, generations, tally, with_usage=body.wants_usage_chunk)
+        chunks = answer.stream(
+            with_usage=body.wants_usage_chunk, continuous_usage=body.wants_continuous_usage
+        )
         return EventStream(chunks, headers, DONE, release)
-    await stop_when_left(request.receive, _collect(generations, tally))
+    whole = await stop_when_left(request.receive, answer.collect())
     facts["completion_tokens"] = tally.completion_tokens
-    return json_response(_whole(dialect, frame, generations, tally), headers)
-
-
-async def _collect(generations: Sequence[Generation], tally: Tally) -> None:
-    async with aclosing(interleaved(generations)) as deltas:
-        async for index, delta in deltas:
-            tally.add(index, delta)
-
-
-def _whole(dialect: Dialect, frame: Frame, generations: Sequence[Generation], tally: Tally) -> dict[str, Any]:
-    choices = [dialect.choice(i, text, tally.finish_reasons[i]) for i, text in enumerate(tally.texts)]
-    return frame.around(dialect.whole, choices) | {
-        "usage": tally.usage(),
-        "libration": key_report([generation.keys for generation in generations]),
-    }
-
-
-async def _chunks(
-    dialect: Dialect, frame: Frame, generations: Sequence[Generation], tally: Tally, *, with_usage: bool
-) -> AsyncGenerator[bytes]:
-    """The stream's chunks. The last one of all carries the `libration` object."""
-    report = {"libration": key_report([generation.keys for generation in generations])}
-    no_usage = {"usage": None} if with_usage else {}
-    for index in range(tally.choices):
-        opening = dialect.opening(index)
-        if opening is not None:
-            yield sse(frame.around(dialect.piece, [opening]) | no_usage)
-    async with aclosing(interleaved(generations)) as deltas:
-        async for index, delta in deltas:
-            tally.add(index, delta)
-            if delta.text or delta.finish_reason is not None:
-                choice = dialect.piece_choice(index, delta.text, delta.finish_reason)
-                last = report if tally.complete and not with_usage else {}
-                yield sse(frame.around(dialect.piece, [choice]) | no_usage | last)
-    if with_usage:
-        yield sse(frame.around(dialect.piece, []) | {"usage": tally.usage()} | report)
+    return json_response(whole, headers)
 
 
 def _requests(
@@ -164,6 +126,7 @@ def _requests(
                 plasticity=body.plasticity,
                 key_version=body.key_version,
                 flow_steps=body.flow_steps,
+                report=body.report,
             )
             repeats = choice > 0 and (body.plasticity or default) == "learn"
             yield replace(first, plasticity="read") if repeats else first
@@ -185,7 +148,28 @@ def _check_extent(
             f"prompts plus n times max_tokens are {tokens} tokens; allowed: {engine.cache.capacity_tokens}",
             "n",
         )
+    if body.min_tokens > max_tokens:
+        raise InvalidRequest(
+            f"min_tokens is {body.min_tokens}; allowed: at most max_tokens, which is {max_tokens}",
+            "min_tokens",
+        )
+    _check_logprobs(body, prompts, max_tokens)
     check_token_ids(body.stop_token_ids, endpoint.tokenizer.vocab_size, "stop_token_ids")
+    check_logit_bias(body.logit_bias, endpoint.tokenizer.vocab_size)
+
+
+def _check_logprobs(body: GenerationBody, prompts: Sequence[tuple[int, ...]], max_tokens: int) -> None:
+    """Refuse an answer of more log-probabilities than the server would hold. Raises InvalidRequest."""
+    report = body.report
+    if report.top_logprobs is None:
+        return
+    tokens = body.n * sum(max_tokens + (len(prompt) if report.echo else 0) for prompt in prompts)
+    entries = tokens * (1 + report.top_logprobs)
+    if entries > MOST_LOGPROBS:
+        raise InvalidRequest(
+            f"this asks for up to {entries} log-probabilities in one answer; allowed: {MOST_LOGPROBS}",
+            "logprobs",
+        )
 
 
 def _described(endpoint: Endpoint) -> dict[str, Any]:

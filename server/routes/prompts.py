@@ -40,6 +40,16 @@ def check_token_ids(token_ids: Sequence[int], vocab_size: int, param: str) -> No
             )
 
 
+def check_logit_bias(logit_bias: Mapping[int, float], vocab_size: int) -> None:
+    """Raises InvalidRequest for an id that the vocabulary does not have."""
+    for token_id in logit_bias:
+        if token_id >= vocab_size:
+            raise InvalidRequest(
+                f"logit_bias names the token {token_id}; allowed: token ids from 0 to {vocab_size - 1}",
+                "logit_bias",
+            )
+
+
 def _encode_text(tokenizer: TextTokenizer, text: str, max_model_len: int) -> tuple[int, ...]:
     _refuse_hopeless(tokenizer, [text], max_model_len)
     return tuple(tokenizer.encode(text))

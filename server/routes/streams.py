@@ -9,9 +9,10 @@ import orjson
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
+from server.answer_text import TextDelta
 from server.errors import problem_of
 from server.exchange import Exchange
-from server.generation import Generation, TextDelta
+from server.generation import Generation
 from server.middleware import ClientLeft, log_failure
 
 SEND_TIMEOUT_S = 30.0  # a client that takes no byte for so long has left

@@ -4,6 +4,7 @@ from fastapi import APIRouter, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from server.registry import Endpoint, Registry
+from server.routes.logprobs import token_text
 from server.routes.lookup import served_endpoint
 from server.routes.prompts import check_token_ids, encode_messages, encode_text
 from server.routes.wire import StrictJsonRoute, json_response
@@ -15,29 +16,55 @@ router = APIRouter(route_class=StrictJsonRoute)
 
 
 @router.post("/tokenize")
-async def tokenize(request: Request, body: TokenizeBody) -> Response:
-    endpoint = _endpoint(state_of(request).registry, body.model)
+@router.post("/{endpoint}/tokenize")
+async def tokenize(request: Request, body: TokenizeBody, endpoint: str | None = None) -> Response:
+    target = _endpoint(state_of(request).registry, endpoint, body.model)
     if body.messages is not None:
-        tokens = await encode_messages(endpoint, as_template_input(body.messages))
+        tokens = await encode_messages(target, as_template_input(body.messages))
     else:
-        tokens = await encode_text(endpoint, body.prompt or "")
-    texts = [endpoint.tokenizer.token_bytes(token).decode(errors="replace") for token in tokens]
+        tokens = await encode_text(target, body.prompt or "")
+    texts = [token_text(target.tokenizer, token) for token in tokens] if body.return_token_strs else None
     return json_response(
         {
             "count": len(tokens),
-            "max_model_len": endpoint.max_model_len,
+            "max_model_len": target.max_model_len,
             "tokens": tokens,
-            "token_strs": texts if body.return_token_strs else None,
+            "token_strs": texts,
         }
     )
 
 
 @router.post("/detokenize")
-async def detokenize(request: Request, body: DetokenizeBody) -> Response:
-    tokenizer = _endpoint(state_of(request).registry, body.model).tokenizer
+@router.post("/{endpoint}/detokenize")
+async def detokenize(request: Request, body: DetokenizeBody, endpoint: str | None = None) -> Response:
+    tokenizer = _endpoint(state_of(request).registry, endpoint, body.model).tokenizer
     check_token_ids(body.tokens, tokenizer.vocab_size, "tokens")
     return json_response({"prompt": await run_in_threadpool(tokenizer.decode, body.tokens)})
 
 
-def _endpoint(registry: Registry, model: str | None) -> Endpoint:
-    return served_endpoint(registry, None, model if model is not None else next(iter(registry.endpoints)))
+@router.get("/tokenizer_info")
+@router.get("/{endpoint}/tokenizer_info")
+async def tokenizer_info(request: Request, endpoint: str | None = None, model: str | None = None) -> Response:
+    """What a client needs to render conversations by itself; the fields as in a tokenizer_config.json."""
+    target = _endpoint(state_of(request).registry, endpoint, model)
+    tokenizer = target.tokenizer
+    return json_response(
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "vocab_size": tokenizer.vocab_size,
+            "model_max_length": target.max_model_len,
+            "add_bos_token": False,
+            "bos_token": tokenizer.bos_token,
+            "eos_token": tokenizer.eos_token,
+            "pad_token": None,
+            "unk_token": None,
+            "chat_template": tokenizer.chat_template,
+        }
+    )
+
+
+def _endpoint(registry: Registry, in_path: str | None, in_body: str | None) -> Endpoint:
+    """The endpoint that is named, or the first one: they share a tokenizer."""
+    if in_path is None and in_body is None:
+        in_body = next(iter(registry.endpoints))
+    return served_endpoint(registry, in_path, in_body)

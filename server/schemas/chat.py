@@ -5,10 +5,11 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from server.engine.sequence import Report
 from server.refusals import InvalidRequest
 from server.schemas import neutral
 from server.schemas.base import Body
-from server.schemas.generation import GenerationBody, MaxTokens
+from server.schemas.generation import GenerationBody, MaxTokens, TopLogprobs
 
 DEFAULT_MAX_TOKENS = 1024  # or what is left of the context, when that is less
 MAX_MESSAGES = 2048
@@ -55,6 +56,8 @@ class ChatBody(GenerationBody):
 
     messages: Messages
     max_completion_tokens: MaxTokens | None = None  # OpenAI's newer name of max_tokens
+    logprobs: bool = False
+    top_logprobs: TopLogprobs = 0
 
     @model_validator(mode="after")
     def _one_limit(self) -> "ChatBody":
@@ -64,6 +67,16 @@ class ChatBody(GenerationBody):
                 "'max_tokens' and 'max_completion_tokens' differ; send one of them", "max_completion_tokens"
             )
         return self
+
+    @model_validator(mode="after")
+    def _alternatives_to_something(self) -> "ChatBody":
+        if self.top_logprobs and not self.logprobs:
+            raise InvalidRequest("'top_logprobs' is only allowed with 'logprobs': true", "top_logprobs")
+        return self
+
+    @property
+    def report(self) -> Report:
+        return Report(self.top_logprobs if self.logprobs else None, routed_experts=self.return_routed_experts)
 
     def max_new_tokens(self, room: int) -> int:
         """What was asked for, or the default within the `room` that the prompt leaves."""

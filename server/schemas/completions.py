@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
-from pydantic import PlainValidator
+from pydantic import Field, PlainValidator, model_validator
 
+from server.engine.sequence import Report
 from server.refusals import InvalidRequest, InvalidType
 from server.schemas import neutral
-from server.schemas.generation import GenerationBody
+from server.schemas.generation import MOST_TOKENS, GenerationBody, TopLogprobs
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 MAX_PROMPTS = 64
@@ -64,3 +65,16 @@ class CompletionBody(GenerationBody):
         tuple[Prompt, ...],
         PlainValidator(_read_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
     ]
+    max_tokens: Annotated[int, Field(ge=0, le=MOST_TOKENS)] | None = None  # 0, with echo: score the prompt
+    logprobs: TopLogprobs | None = None
+    echo: bool = False
+
+    @model_validator(mode="after")
+    def _some_text(self) -> "CompletionBody":
+        if self.max_tokens == 0 and not self.echo:
+            raise InvalidRequest("max_tokens is 0; allowed: at least 1, or 0 with 'echo': true", "max_tokens")
+        return self
+
+    @property
+    def report(self) -> Report:
+        return Report(self.logprobs, self.echo, self.return_routed_experts)

@@ -1,21 +1,26 @@
 """The fields that completions and chat completions share, and what they become inside the server."""
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from model.sampling import SamplingParams
+from server.engine.sequence import Report
 from server.generation import PlasticityMode
 from server.refusals import InvalidRequest
 from server.schemas import neutral
 from server.schemas.base import Body, KeyVersion, Name, SessionId
+from server.schemas.logit_bias import LogitBias
 
 MAX_CHOICES = 8
 MAX_STOP_STRINGS = 4
 COLDEST_TEMPERATURE = 1e-3  # below, dividing logits overflows and the likeliest token is certain anyway
 MOST_TOKENS = 1_000_000
 MOST_FLOW_STEPS = 64
+MOST_TOP_LOGPROBS = 20
+SMALLEST_REPETITION_PENALTY = 1e-6  # below, dividing by it overflows
 
 
 def _listed(value: Any) -> Any:  # Any: JSON
@@ -28,6 +33,8 @@ StopStrings = Annotated[
     BeforeValidator(_listed, json_schema_input_type=str | list[str]),
 ]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+TopLogprobs = Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)]
 MaxTokens = Annotated[int, Field(ge=1, le=MOST_TOKENS)]
 
 
@@ -35,6 +42,7 @@ class StreamOptions(Body):
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = neutral.STREAM_OPTIONS  # Any: JSON values
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False  # with include_usage: what the answer has come to, in every chunk
 
 
 class GenerationBody(Body):
@@ -54,6 +62,11 @@ class GenerationBody(Body):
     )
     max_tokens: MaxTokens | None = None
     ignore_eos: bool = False
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
+    logit_bias: LogitBias = Field(default_factory=dict[int, float])
+    min_tokens: Annotated[int, Field(ge=0, le=MOST_TOKENS)] = 0
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
     user: Annotated[str, Field(max_length=1024)] | None = (
         None  # accepted for OpenAI's sake; says nothing here
@@ -62,6 +75,7 @@ class GenerationBody(Body):
     plasticity: PlasticityMode | None = None
     key_version: KeyVersion | None = None
     flow_steps: Annotated[int, Field(ge=1, le=MOST_FLOW_STEPS)] | None = None  # flow-matching experts only
+    return_routed_experts: bool = False
 
     @model_validator(mode="after")
     def _stream_options_need_a_stream(self) -> "GenerationBody":
@@ -72,6 +86,15 @@ class GenerationBody(Body):
     @property
     def wants_usage_chunk(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def wants_continuous_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats
+
+    @property
+    @abstractmethod
+    def report(self) -> Report:
+        """What the answer tells besides its text."""
 
     def sampling_params(self, max_tokens: int, choice: int) -> SamplingParams:
         """For one of the n choices of a prompt; with a seed each choice has a seed of its own."""
@@ -84,4 +107,9 @@ class GenerationBody(Body):
             seed=None if self.seed is None else (self.seed + choice) % 2**63,
             stop_token_ids=frozenset(self.stop_token_ids),
             ignore_eos=self.ignore_eos,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=max(self.repetition_penalty, SMALLEST_REPETITION_PENALTY),
+            logit_bias=self.logit_bias,
+            min_tokens=self.min_tokens,
         )

@@ -8,12 +8,7 @@ from typing import Any
 Neutral = dict[str, tuple[Any, ...]]  # Any: JSON values
 
 SAMPLING: Neutral = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
     "length_penalty": (1,),
-    "logit_bias": ({},),
-    "min_tokens": (0,),
     "use_beam_search": (False,),
     "bad_words": ([],),
     "allowed_token_ids": (),
@@ -32,17 +27,12 @@ SAMPLING: Neutral = {
     "guided_grammar": (),
     "response_format": ({"type": "text"},),
     "priority": (0,),
-    "return_routed_experts": (False,),
 }
 COMPLETION: Neutral = SAMPLING | {
-    "logprobs": (),
-    "echo": (False,),
     "suffix": ("",),
     "best_of": (1,),
 }
 CHAT: Neutral = SAMPLING | {
-    "logprobs": (False,),
-    "top_logprobs": (0,),
     "echo": (False,),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -64,7 +54,7 @@ CHAT: Neutral = SAMPLING | {
     "continue_final_message": (False,),
     "documents": ([],),
 }
-STREAM_OPTIONS: Neutral = {"continuous_usage_stats": (False,), "include_obfuscation": (False,)}
+STREAM_OPTIONS: Neutral = {"include_obfuscation": (False,)}
 MESSAGE: Neutral = {
     "name": (),
     "tool_calls": ([],),

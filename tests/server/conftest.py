@@ -24,9 +24,12 @@ from keystore.store import KeyStore
 from model.tokenizer import TextTokenizer, TokenizerSpec
 from server.app import create_app
 from server.build import Parts
+from server.engine import engine
+from server.engine.choosing import Choice, choose
 from server.engine.engine import Engine
 from server.engine.runner import EngineRunner
 from server.engine.scheduler import SchedulerConfig
+from server.engine.sequence import Sequence
 from server.logs import JsonLines
 from server.metrics import Metrics
 from server.plasticity import Teacher
@@ -142,7 +145,7 @@ def serve(make_tiny, tokenizer) -> Callable[..., contextmanager]:
             num_experts_per_tok=2,
             plastic_layers=[2],
         )
-        engine = Engine(
+        made = Engine(
             tiny.model,
             {"some": tiny.variant} | frozen,
             scheduler or SchedulerConfig(prefill_chunk=64, step_tokens=128),
@@ -151,7 +154,7 @@ def serve(make_tiny, tokenizer) -> Callable[..., contextmanager]:
             time.monotonic,
             metrics.observers(),
         )
-        runner = EngineRunner(engine, 1)
+        runner = EngineRunner(made, 1)
         teacher = Teacher(tiny.model, store, gravity, 8)
         dense = Endpoint("dense", "dense", 1, tokenizer, runner, CONTEXT, 256, None, None)
         some = replace(
@@ -168,7 +171,9 @@ def serve(make_tiny, tokenizer) -> Callable[..., contextmanager]:
         registry = Registry({"some": some, **others, "dense": dense}, (runner,))
         parts = Parts(registry, (), (store,))
         metrics.watch(registry, "0.0.test")
-        server_state = ServerState(registry, metrics, "0.0.test", "fp-test", time.time(), **state)
+        server_state = ServerState(
+            registry, metrics, "0.0.test", "fp-test", time.time(), path / "snapshots", **state
+        )
         if start:
             parts.start()
         try:
@@ -237,20 +242,19 @@ def log_lines() -> Iterator[list[str]]:
 
 
 @pytest.fixture
-def write(served: Served, tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+def write(tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """write(text): whatever is asked, the model answers with this text and then ends."""
 
     def scripted(text: str) -> None:
         script = [*tokenizer.encode(text), 256]
 
-        def logits(hidden: torch.Tensor) -> torch.Tensor:
-            rows = torch.zeros(len(hidden), tokenizer.vocab_size)
-            decoding = [s for s in served.engine.scheduler.running if s.decoding]
-            for row, sequence in zip(rows, decoding, strict=True):
+        def choose_scripted(sequences: list[Sequence], logits: torch.Tensor) -> Iterator[Choice]:
+            rows = torch.zeros_like(logits)
+            for row, sequence in zip(rows, sequences, strict=True):
                 row[script[min(len(sequence.generated), len(script) - 1)]] = 100.0
-            return rows
+            return choose(sequences, rows)
 
-        monkeypatch.setattr(served.engine.model, "logits", logits)
+        monkeypatch.setattr(engine, "choose", choose_scripted)
 
     return scripted
 

@@ -13,6 +13,11 @@ NUMBERS = {
     "max_tokens": "invalid_value",
     "n": "invalid_value",
     "key_version": "invalid_value",
+    "presence_penalty": None,
+    "frequency_penalty": None,
+    "repetition_penalty": "invalid_value",
+    "min_tokens": "invalid_value",
+    "logprobs": "invalid_value",
 }
 COMPLETION = {"model": "some", "prompt": "x", "max_tokens": 1}
 CHAT = {"model": "some", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
@@ -53,7 +58,7 @@ def test_minus_one_is_refused_where_it_means_nothing(served, field, code):
         assert (error["code"], error["param"]) == (code, field)
 
 
-@pytest.mark.parametrize("field", ["temperature", "top_p", "min_p", "n"])
+@pytest.mark.parametrize("field", sorted(NUMBERS.keys() - {"top_k", "seed", "max_tokens", "key_version"}))
 @pytest.mark.parametrize("value", [999999, 10**12, 2**64, 10**30, 1e300])
 def test_huge_numbers_are_refused(served, field, value):
     error = refused(served.post("/v1/completions", COMPLETION | {field: value}))
@@ -123,17 +128,53 @@ def test_numbers_of_another_type_are_refused(served, field, value):
         ({"model": "dense", "plasticity": "read"}, "plasticity", "invalid_value"),
         ({"typo": 1}, "typo", "unsupported_parameter"),
         ({"typo": None}, "typo", "unsupported_parameter"),
-        ({"logprobs": -1}, "logprobs", "unsupported_parameter"),
-        ({"logprobs": 259}, "logprobs", "unsupported_parameter"),
-        ({"echo": True}, "echo", "unsupported_parameter"),
-        ({"echo": 0}, "echo", "unsupported_parameter"),
+        ({"logprobs": -1}, "logprobs", "invalid_value"),
+        ({"logprobs": 21}, "logprobs", "invalid_value"),
+        ({"logprobs": 259}, "logprobs", "invalid_value"),
+        ({"logprobs": True}, "logprobs", "invalid_type"),
+        ({"logprobs": 1.5}, "logprobs", "invalid_type"),
+        ({"top_logprobs": 2}, "top_logprobs", "unsupported_parameter"),
+        ({"echo": 0}, "echo", "invalid_type"),
+        ({"echo": "yes"}, "echo", "invalid_type"),
+        ({"max_tokens": 0, "echo": False}, "max_tokens", "invalid_value"),
+        ({"max_tokens": -1, "echo": True}, "max_tokens", "invalid_value"),
         ({"best_of": 2}, "best_of", "unsupported_parameter"),
         ({"suffix": "x"}, "suffix", "unsupported_parameter"),
-        ({"logit_bias": {"999999": 5}}, "logit_bias", "unsupported_parameter"),
-        ({"presence_penalty": 0.5}, "presence_penalty", "unsupported_parameter"),
-        ({"repetition_penalty": 1.1}, "repetition_penalty", "unsupported_parameter"),
-        ({"min_tokens": 1}, "min_tokens", "unsupported_parameter"),
-        ({"return_routed_experts": True}, "return_routed_experts", "unsupported_parameter"),
+        ({"logit_bias": {"999999": 5}}, "logit_bias", "invalid_value"),
+        ({"logit_bias": {"259": 5}}, "logit_bias", "invalid_value"),
+        ({"logit_bias": {"9" * 400: 5}}, "logit_bias", "invalid_value"),
+        ({"logit_bias": {"-1": 5}}, "logit_bias", "invalid_value"),
+        ({"logit_bias": {"01": 5}}, "logit_bias", "invalid_value"),
+        ({"logit_bias": {"٣": 5}}, "logit_bias", "invalid_value"),
+        ({"logit_bias": {"a": 5}}, "logit_bias", "invalid_value"),
+        ({"logit_bias": {"": 5}}, "logit_bias", "invalid_value"),
+        ({"logit_bias": {"5": 100.5}}, "logit_bias", "invalid_value"),
+        ({"logit_bias": {"5": -101}}, "logit_bias", "invalid_value"),
+        ({"logit_bias": {"5": 10**30}}, "logit_bias", "invalid_value"),
+        ({"logit_bias": {"5": "1"}}, "logit_bias", "invalid_type"),
+        ({"logit_bias": {"5": True}}, "logit_bias", "invalid_type"),
+        ({"logit_bias": {"5": None}}, "logit_bias", "invalid_type"),
+        ({"logit_bias": {"5": [1]}}, "logit_bias", "invalid_type"),
+        ({"logit_bias": [[5, 1]]}, "logit_bias", "invalid_type"),
+        ({"logit_bias": "5"}, "logit_bias", "invalid_type"),
+        ({"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias", "invalid_value"),
+        ({"presence_penalty": 2.5}, "presence_penalty", "invalid_value"),
+        ({"frequency_penalty": -2.5}, "frequency_penalty", "invalid_value"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "invalid_value"),
+        ({"repetition_penalty": 10.5}, "repetition_penalty", "invalid_value"),
+        ({"min_tokens": 2}, "min_tokens", "invalid_value"),
+        ({"min_tokens": 0.5}, "min_tokens", "invalid_type"),
+        ({"model": "dense", "return_routed_experts": True}, "return_routed_experts", "unsupported_parameter"),
+        ({"return_routed_experts": 1}, "return_routed_experts", "invalid_type"),
+        (
+            {"stream": True, "stream_options": {"continuous_usage_stats": 1}},
+            "stream_options.continuous_usage_stats",
+            "invalid_type",
+        ),
+        ({"prompt_logprobs": 1}, "prompt_logprobs", "unsupported_parameter"),
+        ({"length_penalty": 1.2}, "length_penalty", "unsupported_parameter"),
+        ({"bad_words": ["a"]}, "bad_words", "unsupported_parameter"),
+        ({"return_token_ids": True}, "return_token_ids", "unsupported_parameter"),
         ({"flow_steps": 4}, "flow_steps", "unsupported_parameter"),
     ],
 )
@@ -173,8 +214,16 @@ def test_a_completion_field_out_of_range_is_named(served, fields, param, code):
         ({"tool_choice": "required"}, "tool_choice", "unsupported_parameter"),
         ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
         ({"functions": [{}]}, "functions", "unsupported_parameter"),
-        ({"logprobs": True}, "logprobs", "unsupported_parameter"),
-        ({"top_logprobs": 3}, "top_logprobs", "unsupported_parameter"),
+        ({"logprobs": 1}, "logprobs", "invalid_type"),
+        ({"top_logprobs": 3}, "top_logprobs", "invalid_value"),
+        ({"logprobs": False, "top_logprobs": 3}, "top_logprobs", "invalid_value"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "invalid_value"),
+        ({"logprobs": True, "top_logprobs": -1}, "top_logprobs", "invalid_value"),
+        ({"logprobs": True, "top_logprobs": True}, "top_logprobs", "invalid_type"),
+        ({"max_tokens": 0}, "max_tokens", "invalid_value"),
+        ({"echo": True}, "echo", "unsupported_parameter"),
+        ({"min_tokens": 5}, "min_tokens", "invalid_value"),
+        ({"logit_bias": {"259": 1}}, "logit_bias", "invalid_value"),
         ({"modalities": ["audio"]}, "modalities", "unsupported_parameter"),
         ({"audio": {}}, "audio", "unsupported_parameter"),
         ({"prediction": {}}, "prediction", "unsupported_parameter"),
@@ -185,6 +234,28 @@ def test_a_completion_field_out_of_range_is_named(served, fields, param, code):
 def test_a_chat_field_out_of_range_is_named(served, fields, param, code):
     error = refused(served.post("/v1/chat/completions", CHAT | fields))
     assert (error["param"], error["code"]) == (param, code), error
+
+
+@pytest.mark.parametrize("literal", ["NaN", "Infinity", "1e999", "-1e999"])
+def test_a_bias_that_is_not_finite_is_invalid_json(served, literal):
+    text = json.dumps(COMPLETION | {"logit_bias": {"5": 0}}).replace('"5": 0', f'"5": {literal}')
+    assert refused(send_raw(served, text))["code"] == "invalid_json"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"repetition_penalty": 1e-300},
+        {"repetition_penalty": 10, "temperature": 0.001},
+        {"repetition_penalty": 1e-300, "temperature": 0.001, "frequency_penalty": -2},
+        {"logit_bias": {str(token): -100 for token in range(259)}},
+        {"logit_bias": {"5": 100}, "temperature": 0.001, "top_p": 0.0},
+        {"min_tokens": 4, "stop_token_ids": list(range(128)), "top_k": 1},
+    ],
+)
+def test_extremes_that_are_allowed_are_answered(served, fields):
+    answer = served.post("/v1/completions", COMPLETION | {"max_tokens": 4, "logprobs": 20} | fields)
+    assert answer.status_code == 200, answer.text
 
 
 @pytest.mark.parametrize(

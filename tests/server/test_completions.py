@@ -2,6 +2,9 @@
 
 import pytest
 
+from server.schemas.chat import ChatBody
+from server.schemas.completions import CompletionBody
+
 PROMPT = "The quick brown fox"
 GREEDY = {"model": "some", "temperature": 0, "max_tokens": 12, "ignore_eos": True}
 
@@ -79,6 +82,19 @@ def test_usage_comes_in_a_chunk_of_its_own_when_asked_for(served, chunks):
     assert pieces[-1]["libration"] == whole["libration"]
 
 
+def test_usage_comes_in_every_chunk_when_asked_for(served, chunks):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    for ask in (completion, chat):
+        pieces = chunks(ask(served, stream=True, stream_options=options))
+        counts = [piece["usage"]["completion_tokens"] for piece in pieces]
+        assert counts == sorted(counts)
+        assert counts[-1] == 12
+        assert pieces[-1]["choices"] == []
+        assert all(p["usage"]["prompt_tokens"] == pieces[-1]["usage"]["prompt_tokens"] for p in pieces)
+    pieces = chunks(completion(served, stream=True, stream_options={"continuous_usage_stats": True}))
+    assert all("usage" not in piece for piece in pieces)
+
+
 def test_several_prompts_and_choices_are_indexed_in_order(served, chunks):
     alone = [completion(served, prompt).json()["choices"][0]["text"] for prompt in ("one", "two")]
     together = completion(served, ["one", "two"], n=2).json()
@@ -114,12 +130,12 @@ def test_token_ids_mean_the_same_as_their_text(served, tokenizer):
 
 
 def test_explicit_nulls_mean_the_default(served):
-    nulls = ("stop", "seed", "top_p", "top_k", "min_p", "n", "stream", "user", "logprobs", "echo", "suffix")
-    plain = completion(served).json()
-    answered = completion(
-        served, **dict.fromkeys((*nulls, "stream_options", "session_id", "plasticity"))
-    ).json()
-    assert answered["choices"] == plain["choices"]
+    own = {"model", "prompt", "messages", "temperature", "max_tokens", "ignore_eos"}
+    for schema, ask in ((CompletionBody, completion), (ChatBody, chat)):
+        nulls = dict.fromkeys((schema.model_fields.keys() | schema.neutral.keys()) - own)
+        assert len(nulls) > 30
+        assert ask(served, **nulls).json()["choices"] == ask(served).json()["choices"]
+        ask(served, stream=True, stream_options={"include_usage": None, "continuous_usage_stats": None})
 
 
 def test_neutral_values_of_fields_not_offered_are_accepted(served):
@@ -217,3 +233,17 @@ def test_a_request_id_is_echoed_when_sane_and_made_up_otherwise(served):
     for odd in ("with space", "x" * 129, "semi;colon", ""):
         made = served.get("/v1/models", headers={"X-Request-Id": odd}).headers["X-Request-Id"]
         assert made.startswith("req-")
+
+
+@pytest.mark.parametrize("path", ["", "/dense"])
+def test_a_client_that_renders_conversations_itself_finds_the_template(served, tokenizer, path):
+    told = served.get(f"{path}/tokenizer_info").json()
+    assert told["eos_token"] == "<|end|>"
+    assert told["bos_token"] == "<|user|>"
+    assert "raise_exception" in told["chat_template"]
+    assert (told["vocab_size"], told["model_max_length"]) == (259, 4096)
+    (end,) = served.post(f"{path}/tokenize", {"prompt": told["eos_token"]}).json()["tokens"]
+    assert end == 256
+    assert served.post(f"{path}/detokenize", {"tokens": tokenizer.encode("hi")}).json() == {"prompt": "hi"}
+    assert served.get("/nobody/tokenizer_info").status_code == 404
+    assert served.get("/tokenizer_info", params={"model": "nobody"}).status_code == 404
