@@ -4,6 +4,7 @@ S_t = d S_{t-1} + x_t. What a sequence has behind it is one vector per sum, so d
 T tokens, C channels.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -49,15 +50,21 @@ class SequenceRows:
     """
 
     def __init__(self, states: Sequence[Tensor], lengths: Sequence[int]):
-        self.states = [state.clone() for state in states]
+        self._states = torch.stack(list(states))  # (sequences, slots, C)
         self._lengths = list(lengths)
+        self._single = sum(1 for _ in itertools.takewhile(lambda length: length == 1, lengths))
+
+    @property
+    def states(self) -> tuple[Tensor, ...]:
+        """What each sequence goes on from after the rows that were run."""
+        return self._states.unbind()
 
     def run(self, slot: int, values: Tensor, decay: Tensor) -> Tensor:
-        channels = values.shape[1]
-        parts = [
-            decayed_sums(rows, decay, state[slot, :channels])
-            for rows, state in zip(values.split(self._lengths), self.states, strict=True)
-        ]
-        for state, part in zip(self.states, parts, strict=True):
-            state[slot, :channels] = part[-1]
+        states = self._states[:, slot, : values.shape[1]]
+        single = self._single
+        parts = [values[:single] + decay * states[:single]]  # sequences that are being written, all at once
+        states[:single] = parts[0]
+        for index, rows in enumerate(values[single:].split(self._lengths[single:]), single):
+            parts.append(decayed_sums(rows, decay, states[index]))
+            states[index] = parts[-1][-1]
         return torch.cat(parts)

@@ -19,7 +19,7 @@ from model.training.report import VariantReport, draw_curve, draw_losses, markdo
 from model.training.sweep import choose_learning_rate
 from model.training.variants import VARIANTS
 
-MEASURING_TOKENS = {"validation": 8_192, "heldout": 16_384}
+MEASURING_TOKENS = {"validation": 8_192, "heldout": 12_288}
 CHAT_MEASURING_TOKENS = 6_144
 
 
