@@ -18,3 +18,5 @@ class StoreCounters:
     waiting_windows: int
     oldest_waiting_s: float
     live_sessions: int
+    index_recall: Mapping[int, float]  # sampled recall@K by layer, those above the exact limit only
+    index_builds: Mapping[tuple[int, str], int]  # by layer and outcome: built, failed

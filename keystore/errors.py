@@ -9,7 +9,9 @@ KeyStoreError
 ├── VersionConflict          the scope's latest version is not the one the caller named
 ├── OutOfBounds              keys outside the trust region of their anchors, or not finite
 ├── StoreCorrupted           stored bytes that contradict their sizes, checksum or audit chain
-├── ModelMismatch            stored keys belong to another model
+├── ModelMismatch            stored or imported keys belong to another model
+├── InvalidSnapshot          a snapshot file that contradicts itself or does not fit this store
+├── SnapshotExists           a snapshot would have replaced a file
 └── StoreLocked              another process has the data file open
 
 A backend's own I/O failures (disk full, a broken file system) pass through as the library raised them.
@@ -57,6 +59,14 @@ class StoreCorrupted(KeyStoreError):
 
 class ModelMismatch(KeyStoreError):
     """The stored keys belong to another model and are never adopted."""
+
+
+class InvalidSnapshot(KeyStoreError):
+    """A snapshot file that contradicts itself or does not fit; the message names the file and the tensor."""
+
+
+class SnapshotExists(KeyStoreError):
+    """There is a file of that name already; a snapshot replaces nothing."""
 
 
 class StoreLocked(KeyStoreError):

@@ -7,6 +7,7 @@ import numpy as np
 
 from keystore.errors import InvalidConfig, InvalidStatistics
 from keystore.gravity import check_bounds, consolidate_layer, initial_usage
+from keystore.index_builder import IndexBuilder
 from keystore.records import Float32Array, GravityConfig, RoutingStats, ScopeId
 from keystore.snapshot import KeySnapshot, build_indexes, checksum_of, read_only
 
@@ -68,7 +69,7 @@ class Learner:
             tokens=tokens,
             indexes=indexes,
             usage=usage,
-            checksum=checksum_of(indexes, usage),
+            checksum=checksum_of(keys, usage),
         )
         return Progress(snapshot, usage, tokens)
 
@@ -95,6 +96,7 @@ def create_origin(
     anchors: Mapping[int, Float32Array],
     gravity: GravityConfig,
     plastic_layers: Collection[int],
+    index_builder: IndexBuilder,
     now: float,
 ) -> KeySnapshot:
     """Version 0: a copy of the anchors. Raises InvalidConfig when one is not finite or not (M, D)."""
@@ -102,7 +104,7 @@ def create_origin(
     for layer, rows in keys.items():
         if rows.ndim != 2 or not rows.size or not np.isfinite(rows).all():
             raise InvalidConfig(f"anchors of layer {layer}", rows.shape, "finite float32 of shape (M, D)")
-    indexes = build_indexes(keys)
+    indexes = index_builder.create(keys)
     usage = read_only({layer: initial_usage(len(keys[layer]), gravity) for layer in plastic_layers})
     return KeySnapshot(
         model_id=model_id,
@@ -114,5 +116,5 @@ def create_origin(
         tokens=0,
         indexes=indexes,
         usage=usage,
-        checksum=checksum_of(indexes, usage),
+        checksum=checksum_of(keys, usage),
     )

@@ -63,7 +63,7 @@ def rebuild(stored: StoredVersion, origin: KeySnapshot, trust_radius: float) -> 
             _apply(name, keys, origin, layer, rows)
     _check_usage(name, stored.usage, origin)
     indexes = build_indexes(keys, origin.indexes)
-    if checksum_of(indexes, stored.usage) != row.checksum:
+    if checksum_of(keys, stored.usage) != row.checksum:
         raise StoreCorrupted(f"{name}: keys and usage do not match their checksum {row.checksum}")
     for layer in stored.usage:
         try:

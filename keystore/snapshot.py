@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from keystore.index import KeyIndex
+from keystore.index_builder import SearchIndex
 from keystore.records import Float32Array, Int64Array, ScopeId
 
 
@@ -27,7 +27,7 @@ class KeySnapshot:
     reason: str
     created_at: float  # unix seconds
     tokens: int  # learned so far
-    indexes: Mapping[int, KeyIndex]
+    indexes: Mapping[int, SearchIndex]
     usage: Mapping[int, Float32Array]  # plastic layers, (M,)
     checksum: str  # sha256, see checksum_of
 
@@ -46,14 +46,14 @@ class KeySnapshot:
 
 
 def build_indexes(
-    keys: Mapping[int, Float32Array], base: Mapping[int, KeyIndex] | None = None
-) -> Mapping[int, KeyIndex]:
+    keys: Mapping[int, Float32Array], base: Mapping[int, SearchIndex]
+) -> Mapping[int, SearchIndex]:
     """Read-only indexes in layer order; a layer whose array is the very one of `base` keeps its index."""
-    indexes: dict[int, KeyIndex] = {}
+    indexes: dict[int, SearchIndex] = {}
     for layer in sorted(keys):
-        known = base.get(layer) if base else None
         keys[layer].flags.writeable = False
-        indexes[layer] = known if known is not None and known.keys is keys[layer] else KeyIndex(keys[layer])
+        unchanged = base[layer].keys is keys[layer]
+        indexes[layer] = base[layer] if unchanged else base[layer].derive(keys[layer])
     return MappingProxyType(indexes)
 
 
@@ -64,14 +64,14 @@ def read_only(arrays: Mapping[int, Float32Array]) -> Mapping[int, Float32Array]:
     return MappingProxyType({layer: arrays[layer] for layer in sorted(arrays)})
 
 
-def checksum_of(indexes: Mapping[int, KeyIndex], usage: Mapping[int, Float32Array]) -> str:
+def checksum_of(keys: Mapping[int, Float32Array], usage: Mapping[int, Float32Array]) -> str:
     """sha256 hex over the layers in order: layer number, keys, and usage where the layer is plastic (little-
     endian).
     """
     digest = hashlib.sha256()
-    for layer in sorted(indexes):
+    for layer in sorted(keys):
         digest.update(layer.to_bytes(8, "little", signed=True))
-        digest.update(indexes[layer].keys.astype("<f4", copy=False).data)
+        digest.update(keys[layer].astype("<f4", copy=False).data)
         if layer in usage:
             digest.update(usage[layer].astype("<f4", copy=False).data)
     return digest.hexdigest()

@@ -11,10 +11,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
-from keystore.backends.base import Backend, VersionRecord, VersionRow
+from keystore.backends.base import EVERY_SCOPE, Backend, VersionRecord, VersionRow
 from keystore.counters import StoreCounters
 from keystore.errors import InvalidConfig, KeyStoreError, VersionConflict
+from keystore.export import read_version, write_version
+from keystore.index_builder import IndexBuilder
 from keystore.intake import DropReason, Intake, PendingWindow
 from keystore.learning import Learner, Progress, create_origin
 from keystore.records import Float32Array, GravityConfig, RoutingStats, ScopeId
@@ -23,7 +26,6 @@ from keystore.shelf import ShelfLimits, VersionShelf
 from keystore.snapshot import KeySnapshot
 
 CHECKPOINT_EVERY = 16
-EVERY_SCOPE = "*"
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +33,8 @@ logger = logging.getLogger(__name__)
 class KeyStore:
     """Thread-safe. Raises InvalidConfig, ModelMismatch on creation.
 
-    `anchors` are copied; only `plastic_layers` ever move. `close` closes `backend` too; a creation that fails
-    leaves it to the caller.
+    `anchors` are copied; only `plastic_layers` ever move. A layer of more than `exact_limit` keys is searched
+    through inverted lists. `close` closes `backend` too; a creation that fails leaves it to the caller.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class KeyStore:
         versions_on_disk: int = 64,
         max_sessions: int = 1024,
         session_ttl_s: float = 86_400.0,
+        exact_limit: int = 16_384,
     ) -> None:
         if not set(plastic_layers) <= anchors.keys():
             raise InvalidConfig("plastic_layers", sorted(plastic_layers), f"some of {sorted(anchors)}")
@@ -60,6 +63,7 @@ class KeyStore:
             "max_sessions": max_sessions,
             "num_experts_per_tok": num_experts_per_tok,
             "session_ttl_s": session_ttl_s,
+            "exact_limit": exact_limit,
         }
         for name, value in limits.items():
             if not value > 0:
@@ -67,9 +71,14 @@ class KeyStore:
         self.gravity = gravity
         self._backend, self._clock = backend, clock
         self._versions_on_disk, self._session_ttl_s = versions_on_disk, session_ttl_s
-        self._origin = create_origin(model_id, anchors, gravity, plastic_layers, clock())
+        self._index_builder = IndexBuilder(exact_limit)
+        self._origin = create_origin(model_id, anchors, gravity, plastic_layers, self._index_builder, clock())
         self._learner = Learner(self._origin, gravity, num_experts_per_tok)
-        backend.adopt_model(model_id, self._origin.checksum)
+        try:
+            backend.adopt_model(model_id, self._origin.checksum)
+        except BaseException:
+            self._index_builder.close()
+            raise
         in_memory = ShelfLimits(versions_in_memory, max_sessions)
         self._shelf = VersionShelf(self._origin, backend.heads(), self._load, in_memory, clock)
         self._intake = Intake(queue_size)
@@ -152,11 +161,32 @@ class KeyStore:
 
         Windows that wait for this scope are dropped. Raises KeyVersionUnavailable, VersionConflict.
         """
-        return self._return_to(scope, to_version, f"rollback to {to_version}", if_version)
+        reason = f"rollback to {to_version}"
+        return self._publish_content(scope, lambda: self._shelf.find(scope, to_version), reason, if_version)
 
     def reset(self, scope: ScopeId, *, if_version: int | None = None) -> int:
         """Publish the anchors as a new version of the scope; returns its number. Raises VersionConflict."""
-        return self._return_to(scope, 0, "reset to the anchors", if_version)
+        reason = "reset to the anchors"
+        return self._publish_content(scope, lambda: self._shelf.find(scope, 0), reason, if_version)
+
+    def snapshot(self, scope: ScopeId, version: int | None, path: Path) -> KeySnapshot:
+        """Write a version (None: the latest) to a new safetensors file; returns what was written.
+
+        Raises KeyVersionUnavailable, SnapshotExists; a missing folder or a full disk passes through as OSError.
+        """
+        view = self.view(scope, version)
+        write_version(path, view, self._origin, self.gravity)
+        return view
+
+    def restore(self, scope: ScopeId, path: Path, *, if_version: int | None = None) -> int:
+        """Publish the content of a snapshot file, usage included, as a new version; returns its number.
+
+        Windows that wait for this scope are dropped. Raises InvalidSnapshot, ModelMismatch, VersionConflict;
+        FileNotFoundError passes through.
+        """
+        content = read_version(path, self._origin, self.gravity)
+        reason = f"restore of {path.name}, there version {content.version}"
+        return self._publish_content(scope, lambda: content, reason, if_version)
 
     def freeze(self, scope: ScopeId | None = None) -> None:
         """Stop learning of one scope (a tenant's sessions included) or of all, durably."""
@@ -221,6 +251,8 @@ class KeyStore:
             waiting_windows=waiting,
             oldest_waiting_s=oldest_s,
             live_sessions=self._shelf.live_sessions(),
+            index_recall=self._index_builder.recall(),
+            index_builds=self._index_builder.builds(),
         )
 
     def verify_audit(self) -> int:
@@ -229,6 +261,7 @@ class KeyStore:
 
     def close(self) -> None:
         """Close the backend after what is being committed; waiting windows are lost (the worker flushes)."""
+        self._index_builder.close()
         with self._writing:
             self._backend.close()
 
@@ -283,16 +316,18 @@ class KeyStore:
         is_checkpoint = starts or snapshot.version % CHECKPOINT_EVERY == 0
         return record_of(snapshot, base, self._origin, self.gravity.trust_radius, is_checkpoint=is_checkpoint)
 
-    def _return_to(self, scope: ScopeId, to_version: int, reason: str, if_version: int | None) -> int:
+    def _publish_content(
+        self, scope: ScopeId, target: Callable[[], KeySnapshot], reason: str, if_version: int | None
+    ) -> int:
+        """Keys, usage and tokens of `target` as the scope's next version."""
         with self._writing:
             head = self._shelf.head(scope)
             current = head.version if head else self._shelf.latest(scope).version
             if if_version is not None and if_version != current:
                 raise VersionConflict(f"{scope} is at version {current}, not {if_version}")
             floor = self._session_floor if head is None and scope.kind == "session" else 0
-            target = self._shelf.find(scope, to_version)
             snapshot = replace(
-                target,
+                target(),
                 scope=scope,
                 version=max(current, floor) + 1,
                 parent=current,

@@ -17,7 +17,7 @@ from keystore.store import KeyStore
 from keystore.worker import ConsolidationWorker
 from model.blocks.base import BlockConfig, ExpertBlock, ExpertUsage
 from model.blocks.some import SomeBlock, SomeConfig
-from model.checkpoints.blocks import BlockFolder, load_blocks, shipped_folder
+from model.checkpoints.blocks import BlockFolder, load_blocks, read_config, shipped_folder
 from model.checkpoints.load import find_base_file, load_base
 from model.errors import CheckpointError
 from model.transformer import Transformer, Variant
@@ -157,22 +157,29 @@ def _build_engine(
             max_model_len=min(model.config.max_position_embeddings, engine.cache.capacity_tokens),
             eos_token_id=model.config.eos_token_id,
             usage=variants[name].usage if name in variants else None,
-            plasticity=_open_plasticity(name, settings, model, loaded[name], plastic[name])
-            if name in plastic
-            else None,
+            plasticity=_open_plasticity(name, settings, model, loaded[name]) if name in plastic else None,
         )
         for name in names
     }
 
 
 def _load_variant(endpoint: EndpointSettings, model: Transformer) -> BlockFolder:
-    """The endpoint's blocks on the model's device. Raises CheckpointError, also for blocks of another kind."""
-    path = endpoint.weights or shipped_folder(endpoint.variant)
-    folder = load_blocks(path, model.config.hidden_size)
-    if folder.config.kind != endpoint.variant:
-        raise CheckpointError(f"{path} holds blocks of kind {folder.config.kind!r}, not {endpoint.variant!r}")
+    """The endpoint's blocks on the model's device. Raises CheckpointError."""
+    folder = read_variant(endpoint, model.config.hidden_size)
     for block in folder.blocks.values():
         block.to(model.device)
+    return folder
+
+
+def read_variant(endpoint: EndpointSettings, hidden_size: int | None = None) -> BlockFolder:
+    """The endpoint's blocks for a base of `hidden_size` (None: whatever they are for).
+
+    Raises CheckpointError, also for blocks of another kind.
+    """
+    path = endpoint.weights or shipped_folder(endpoint.variant)
+    folder = load_blocks(path, hidden_size or read_config(path).hidden_size)
+    if folder.config.kind != endpoint.variant:
+        raise CheckpointError(f"{path} holds blocks of kind {folder.config.kind!r}, not {endpoint.variant!r}")
     return folder
 
 
@@ -186,35 +193,36 @@ def _plastic_layers(endpoint: EndpointSettings, config: BlockConfig) -> frozense
     return frozenset(endpoint.plastic_layers)
 
 
-def _open_plasticity(
-    name: str,
-    settings: Settings,
-    model: Transformer,
-    folder: BlockFolder,
-    plastic: frozenset[int],
-) -> Plasticity:
+def _open_plasticity(name: str, settings: Settings, model: Transformer, folder: BlockFolder) -> Plasticity:
+    endpoint = settings.endpoints[name]
+    backend = EmbeddedBackend(settings.data_dir / "keys" / f"keys-{name}.sqlite3")
+    store = open_key_store(name, settings, folder, backend)
+    teacher = Teacher(model, store, endpoint.gravity.config(), folder.config.num_experts)
+    return Plasticity(store, teacher, endpoint.plasticity)
+
+
+def open_key_store(name: str, settings: Settings, folder: BlockFolder, backend: EmbeddedBackend) -> KeyStore:
+    """An endpoint's keys on the anchors in its blocks; raises as KeyStore does, and ValueError."""
     anchors = {
         layer: block.anchors.detach().float().cpu().numpy()
         for layer, block in folder.blocks.items()
         if isinstance(block, SomeBlock)
     }
     endpoint, limits = settings.endpoints[name], settings.key_store
-    model_id = _model_id(folder.blocks)
-    store = KeyStore(
-        model_id,
+    return KeyStore(
+        _model_id(folder.blocks),
         anchors,
         endpoint.gravity.config(),
-        EmbeddedBackend(settings.data_dir / "keys" / f"keys-{name}.sqlite3"),
+        backend,
         num_experts_per_tok=folder.config.num_experts_per_tok,
-        plastic_layers=plastic,
+        plastic_layers=_plastic_layers(endpoint, folder.config),
         queue_size=limits.queue_windows,
         versions_in_memory=limits.versions_in_memory,
         versions_on_disk=limits.versions_on_disk,
         max_sessions=limits.max_sessions,
         session_ttl_s=limits.session_ttl_s,
+        exact_limit=limits.exact_limit,
     )
-    teacher = Teacher(model, store, endpoint.gravity.config(), folder.config.num_experts)
-    return Plasticity(store, teacher, endpoint.plasticity)
 
 
 def _model_id(blocks: dict[int, ExpertBlock]) -> str:

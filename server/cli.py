@@ -10,13 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-from pydantic import ValidationError
 
-from server.settings import Settings, load_settings
-
-CONFIG_OPTION = click.option(
-    "--config", "config_file", type=click.Path(path_type=Path), help="TOML configuration file."
-)
+from server.cli_keys import keys
+from server.cli_settings import CONFIG_OPTION, checked_settings
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -34,7 +30,7 @@ def main() -> None:
 def serve(config_file: Path | None, data_dir: Path | None, **listen: Any) -> None:
     """Serve the configured endpoints over HTTP."""
     started = time.monotonic()
-    settings = _settings(config_file, data_dir=data_dir, server=listen)
+    settings = checked_settings(config_file, data_dir=data_dir, server=listen)
     if not settings.server.on_loopback and not settings.server.api_keys and not settings.server.insecure:
         raise click.ClickException(
             f"refusing to listen on {settings.server.host} without API keys: configure server.api_keys, "
@@ -51,6 +47,9 @@ def serve(config_file: Path | None, data_dir: Path | None, **listen: Any) -> Non
     serve_until_signal(settings, started, processors)
 
 
+main.add_command(keys)
+
+
 @main.group()
 def config() -> None:
     """Check or show the configuration."""
@@ -60,7 +59,7 @@ def config() -> None:
 @CONFIG_OPTION
 def config_check(config_file: Path | None) -> None:
     """Say whether the configuration is valid; exit with 1 and every fault if it is not."""
-    _settings(config_file)
+    checked_settings(config_file)
     click.echo("the configuration is valid")
 
 
@@ -68,7 +67,7 @@ def config_check(config_file: Path | None) -> None:
 @CONFIG_OPTION
 def config_show(config_file: Path | None) -> None:
     """Print the effective configuration as JSON, secrets redacted."""
-    click.echo(json.dumps(_settings(config_file).model_dump(mode="json"), indent=2))
+    click.echo(json.dumps(checked_settings(config_file).model_dump(mode="json"), indent=2))
 
 
 @main.command()
@@ -119,7 +118,7 @@ def train(variant: str, data_dir: Path | None, device: str, threads: int, **job:
 
     with _errors_shown():
         train_variant(
-            variant, TrainingJob(**job), _settings(None, data_dir=data_dir).data_dir, device, threads
+            variant, TrainingJob(**job), checked_settings(None, data_dir=data_dir).data_dir, device, threads
         )
 
 
@@ -150,7 +149,7 @@ def evaluate(
     from server.offline import evaluate_blocks
 
     with _errors_shown():
-        directory = _settings(None, data_dir=data_dir).data_dir
+        directory = checked_settings(None, data_dir=data_dir).data_dir
         evaluate_blocks(data, folders, directory, every_variant=every_variant, **options)
 
 
@@ -163,23 +162,6 @@ def _errors_shown() -> Generator[None, None, None]:
         yield
     except (ModelError, OSError) as error:
         raise click.ClickException(str(error)) from error
-
-
-def _settings(config_file: Path | None, **flags: Any) -> Settings:
-    """Settings, or a message that names every fault and an exit status of 1."""
-    try:
-        return load_settings(config_file, **_without_none(flags))
-    except ValidationError as error:
-        faults = [f"  {'.'.join(map(str, e['loc'])) or 'configuration'}: {e['msg']}" for e in error.errors()]
-        raise click.ClickException("the configuration is not valid:\n" + "\n".join(faults)) from error
-    except (OSError, ValueError) as error:
-        raise click.ClickException(str(error)) from error
-
-
-def _without_none(table: dict[str, Any]) -> dict[str, Any]:
-    """Flags that were not given must not hide what the environment or the file says."""
-    kept = {key: _without_none(value) if isinstance(value, dict) else value for key, value in table.items()}
-    return {key: value for key, value in kept.items() if value is not None and value != {}}
 
 
 if __name__ == "__main__":

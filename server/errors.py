@@ -12,11 +12,24 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from keystore.errors import InvalidConfig, KeyVersionUnavailable, NonFiniteQueries, VersionConflict
+from keystore.errors import (
+    InvalidConfig,
+    InvalidSnapshot,
+    KeyVersionUnavailable,
+    ModelMismatch,
+    NonFiniteQueries,
+    SnapshotExists,
+    VersionConflict,
+)
 from model.errors import ChatTemplateError
 from server import refusals
 from server.engine.errors import ContextLengthExceeded, EngineDraining, EngineOverloaded
-from server.registry import FlowStepsUnavailable, PlasticityUnavailable, UnknownEndpoint
+from server.registry import (
+    FlowStepsUnavailable,
+    PlasticityUnavailable,
+    RoutedExpertsUnavailable,
+    UnknownEndpoint,
+)
 
 DRAIN_RETRY_S = 10
 NO_RETRY = {"x-should-retry": "false"}
@@ -78,19 +91,27 @@ TABLE: tuple[tuple[type[Exception], Problem], ...] = (
     (UnknownEndpoint, _invalid("model_not_found", 404)),
     (PlasticityUnavailable, _invalid("invalid_value")),
     (FlowStepsUnavailable, _invalid("unsupported_parameter")),
+    (RoutedExpertsUnavailable, _invalid("unsupported_parameter")),
     (ChatTemplateError, _invalid("invalid_value")),
     (InvalidConfig, _invalid("invalid_value")),
     (NonFiniteQueries, _invalid("invalid_value")),
     (KeyVersionUnavailable, Problem(409, "conflict_error", "key_version_unavailable", headers=NO_RETRY)),
+    (InvalidSnapshot, _invalid("invalid_value")),
+    (ModelMismatch, _invalid("invalid_value")),
+    (SnapshotExists, Problem(409, "conflict_error", "conflict", headers=NO_RETRY)),
     (VersionConflict, Problem(409, "conflict_error", "conflict", headers=NO_RETRY)),
 )  # fmt: skip
 PARAMS: dict[type[Exception], str] = {
     UnknownEndpoint: "model",
     PlasticityUnavailable: "plasticity",
     FlowStepsUnavailable: "flow_steps",
+    RoutedExpertsUnavailable: "return_routed_experts",
     ChatTemplateError: "messages",
     InvalidConfig: "scope",
     KeyVersionUnavailable: "key_version",
+    InvalidSnapshot: "name",
+    ModelMismatch: "name",
+    SnapshotExists: "name",
     VersionConflict: "if_version",
 }
 BY_STATUS: dict[int, tuple[str, str]] = {  # what the router itself refuses

@@ -189,6 +189,8 @@ def _learning(plastic: dict[str, Plasticity]) -> Iterable[Metric]:
     duration = _gauge("key_update_duration_seconds", "Duration of the newest consolidation.", "model")
     lag = _gauge("consolidation_lag_seconds", "Age of the oldest window not yet learned.", "model")
     degraded = _gauge("store_degraded", "1 from a failed consolidation to the next good one.", "model")
+    recall = _gauge("key_index_recall_ratio", "Sampled recall of a large layer's index.", "model", "layer")
+    builds = _counter("key_index_rebuilds", "Indexes of large layers built.", "model", "layer", "outcome")
     for name, plasticity in plastic.items():
         counters = plasticity.store.counters()
         for outcome, count in counters.updates.items():
@@ -198,7 +200,11 @@ def _learning(plastic: dict[str, Plasticity]) -> Iterable[Metric]:
         duration.add_metric([name], counters.last_update_s)
         lag.add_metric([name], counters.oldest_waiting_s)
         degraded.add_metric([name], int(plasticity.store.degraded))
-    return updates, dropped, duration, lag, degraded
+        for layer, ratio in counters.index_recall.items():
+            recall.add_metric([name, str(layer)], ratio)
+        for (layer, outcome), count in counters.index_builds.items():
+            builds.add_metric([name, str(layer), outcome], count)
+    return updates, dropped, duration, lag, degraded, recall, builds
 
 
 def _add_usage(families: tuple[Metric, ...], name: str, usage: ExpertUsage) -> None:

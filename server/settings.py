@@ -120,6 +120,7 @@ class KeyStoreSettings(Section):
     versions_on_disk: Count = 64
     max_sessions: Count = 1024
     session_ttl_s: Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)] = 3600.0
+    exact_limit: Count = 16_384  # keys a layer; larger ones are searched through inverted lists
 
 
 class EndpointSettings(Section):

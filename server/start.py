@@ -46,6 +46,7 @@ def serve_until_signal(settings: Settings, started: float, processors: set[int])
         version=version("libration"),
         system_fingerprint=f"libration-{version('libration')}-torch-{torch.__version__.partition('+')[0]}",
         started_at=time.time(),
+        snapshots_dir=settings.data_dir / "snapshots",
         api_keys=api_keys,
         degraded=lambda: _degraded(parts),
         max_body_bytes=settings.server.max_body_bytes,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from starlette.requests import Request
 
@@ -23,6 +24,7 @@ class ServerState:
     version: str
     system_fingerprint: str
     started_at: float  # unix seconds
+    snapshots_dir: Path  # made when the first snapshot is
     api_keys: ApiKeys = field(default_factory=ApiKeys)
     degraded: Callable[[], list[str]] = _none_degraded  # what else works badly, in words; shown by readiness
     max_body_bytes: int = 2 * 1024 * 1024

@@ -9,6 +9,8 @@ from typing import Protocol
 
 from keystore.records import Float32Array, Int64Array, ScopeId
 
+EVERY_SCOPE = "*"  # the frozen name that stands for all of them
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowChanges:

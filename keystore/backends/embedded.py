@@ -51,7 +51,7 @@ class EmbeddedBackend:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(path.parent)
         self._lock_fd = _lock(path.with_name(path.name + ".lock"))
         try:
             os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))  # learned keys derive from prompts
@@ -206,6 +206,19 @@ class EmbeddedBackend:
                 if self._writer.in_transaction:
                     self._writer.execute("ROLLBACK")
                 raise
+
+
+def _make_folder(path: Path) -> None:
+    """Make a folder and those above it; each is in its parent durably before anything is put into it."""
+    if path.is_dir():
+        return
+    _make_folder(path.parent)
+    path.mkdir(exist_ok=True)
+    parent = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(parent)
+    finally:
+        os.close(parent)
 
 
 def _lock(path: Path) -> int:

@@ -1,14 +1,23 @@
-"""Changing keys by hand: freeze, roll back, reset, consolidate. Under /admin/, which only admins reach."""
+"""Changing keys by hand: freeze, roll back, reset, consolidate, snapshot, restore. Under /admin/, which only admins reach."""
+
+from pathlib import Path
 
 from fastapi import APIRouter, Request, Response
 
 from keystore.records import ScopeId
 from server.exchange import caller_of
-from server.refusals import InvalidRequest
+from server.refusals import InvalidRequest, NotFound
 from server.registry import Plasticity
 from server.routes.lookup import named_scope, routing_keys_of, visible_scope
 from server.routes.wire import StrictJsonRoute, json_response
-from server.schemas.keys import ConsolidateBody, FreezeBody, ResetBody, RollbackBody
+from server.schemas.keys import (
+    ConsolidateBody,
+    FreezeBody,
+    ResetBody,
+    RestoreBody,
+    RollbackBody,
+    SnapshotBody,
+)
 from server.state import state_of
 
 router = APIRouter(prefix="/admin/keys", route_class=StrictJsonRoute)
@@ -45,6 +54,29 @@ def reset(request: Request, endpoint: str, body: ResetBody | None = None) -> Res
     return json_response({"endpoint": endpoint, "scope": str(scope), "version": version})
 
 
+@router.post("/{endpoint}/snapshot")
+def snapshot(request: Request, endpoint: str, body: SnapshotBody) -> Response:
+    """Write one version to a new file in the server's folder of snapshots."""
+    plasticity, scope = _target(request, endpoint, body.scope)
+    folder = state_of(request).snapshots_dir
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    written = plasticity.store.snapshot(scope, body.version, _snapshot_file(folder, body.name))
+    shown = {"endpoint": endpoint, "scope": str(scope), "version": written.version, "name": body.name}
+    return json_response(shown | {"checksum": written.checksum})
+
+
+@router.post("/{endpoint}/restore")
+def restore(request: Request, endpoint: str, body: RestoreBody) -> Response:
+    """Publish the keys in a file of the server's folder of snapshots as a new version."""
+    plasticity, scope = _target(request, endpoint, body.scope)
+    file = _snapshot_file(state_of(request).snapshots_dir, body.name)
+    if not file.is_file() or file.is_symlink():
+        raise NotFound(f"there is no snapshot {body.name!r}", "name")
+    plasticity.teacher.discard(scope)
+    version = plasticity.store.restore(scope, file, if_version=body.if_version)
+    return json_response({"endpoint": endpoint, "scope": str(scope), "version": version})
+
+
 @router.post("/{endpoint}/consolidate")
 def consolidate(request: Request, endpoint: str, body: ConsolidateBody | None = None) -> Response:
     """Learn everything that waits, also windows that are not full, and say what was published."""
@@ -62,6 +94,10 @@ def _set_frozen(request: Request, endpoint: str, body: FreezeBody, *, frozen: bo
     (store.freeze if frozen else store.unfreeze)(scope)
     shown = None if scope is None else str(scope)
     return json_response({"endpoint": endpoint, "scope": shown, "frozen": store.is_frozen(scope)})
+
+
+def _snapshot_file(folder: Path, name: str) -> Path:
+    return folder / f"{name}.safetensors"
 
 
 def _target(request: Request, endpoint: str, scope: str | None) -> tuple[Plasticity, ScopeId]:

@@ -8,6 +8,7 @@ from server.refusals import InvalidRequest
 from server.schemas.base import Body, KeyVersion, ScopeName
 
 Coordinate = Annotated[float, Field(ge=-1e30, le=1e30)]  # within float32
+SnapshotName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]  # no dot, no slash: no path
 
 
 class SearchBody(Body):
@@ -35,6 +36,16 @@ class ResetBody(Body):
 
 class RollbackBody(ResetBody):
     to_version: KeyVersion
+
+
+class SnapshotBody(Body):
+    scope: ScopeName | None = None  # None: the caller's tenant
+    version: KeyVersion | None = None  # None: the newest
+    name: SnapshotName
+
+
+class RestoreBody(ResetBody):
+    name: SnapshotName
 
 
 class ConsolidateBody(Body):

@@ -81,6 +81,12 @@ def teach() -> Callable[..., None]:
 
 
 @pytest.fixture
+def open_at() -> Callable[..., KeyStore]:
+    """open_store(path, gravity, **options): the caller closes it"""
+    return open_store
+
+
+@pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "keys-tiny.sqlite3"
 

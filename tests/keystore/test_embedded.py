@@ -1,6 +1,7 @@
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import apsw
@@ -10,6 +11,7 @@ import pytest
 from keystore.backends.embedded import EmbeddedBackend
 from keystore.errors import KeyVersionUnavailable, ModelMismatch, OutOfBounds, StoreCorrupted, StoreLocked
 from keystore.records import GravityConfig, ScopeId
+from keystore.replay import record_of
 
 TENANT = ScopeId("tenant", "default")
 REPOSITORY = Path(__file__).parents[2]
@@ -104,6 +106,33 @@ def test_thinning_keeps_newest_versions_and_checkpoints_loadable(open_here, teac
     with pytest.raises(KeyVersionUnavailable):
         store.view(TENANT, 20)
     assert store.verify_audit() == 70
+
+
+def test_a_start_after_thousands_of_versions_reads_heads_and_one_checkpoint(
+    open_here, teach, path, monkeypatch
+) -> None:
+    store = open_here()
+    teach(store)
+    first = store.view(TENANT)
+    later = [replace(first, version=number, parent=number - 1) for number in range(2, 4001)]
+    origin = store.view(TENANT, 0)
+    store._backend.commit(
+        [record_of(new, first, origin, 0.2, is_checkpoint=new.version % 16 == 0) for new in later]
+    )
+    loaded = []
+    load = EmbeddedBackend.load
+    monkeypatch.setattr(
+        EmbeddedBackend, "load", lambda self, *which: loaded.append(load(self, *which)) or loaded[-1]
+    )
+    store = open_here()
+    assert loaded == [], "no version is read before it is asked for"
+    assert store.view(TENANT).version == 4000
+    assert store.view(TENANT, 3999).checksum == first.checksum
+    assert [len(stored.changes) for stored in loaded] == [1, 16], "a checkpoint and what follows it"
+    connection = apsw.Connection(str(path))
+    plan = connection.execute("EXPLAIN QUERY PLAN SELECT max(version) FROM versions WHERE scope = ?", ("x",))
+    assert "USING COVERING INDEX one_version_once" in str(plan.fetchall())
+    connection.close()
 
 
 COMMIT_LOOP = """

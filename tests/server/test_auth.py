@@ -23,6 +23,10 @@ POST /{endpoint}/v1/completions                user
 POST /{endpoint}/v1/chat/completions           user
 POST /tokenize                                 user
 POST /detokenize                               user
+GET  /tokenizer_info                           user
+POST /{endpoint}/tokenize                      user
+POST /{endpoint}/detokenize                    user
+GET  /{endpoint}/tokenizer_info                user
 GET  /v1/keys                                  user
 GET  /v1/keys/{endpoint}                       user
 GET  /v1/keys/{endpoint}/layers/{layer}        user
@@ -35,6 +39,8 @@ POST /admin/keys/{endpoint}/unfreeze           admin
 POST /admin/keys/{endpoint}/rollback           admin
 POST /admin/keys/{endpoint}/reset              admin
 POST /admin/keys/{endpoint}/consolidate        admin
+POST /admin/keys/{endpoint}/snapshot           admin
+POST /admin/keys/{endpoint}/restore            admin
 """
 MATRIX = [tuple(row.split()) for row in ROWS.strip().splitlines()]
 LEVELS = ("public", "user", "admin")

@@ -225,6 +225,61 @@ def test_rollback_brings_an_old_version_back_as_a_new_one(served):
     assert served.get("/v1/keys/some").json()["drift"]["max"] == 0.0
 
 
+def test_a_snapshot_is_a_file_in_the_servers_folder_and_comes_back(served, tmp_path):
+    version = teach(served)
+    learned = served.get("/v1/keys/some").json()["checksum"]
+    written = served.post("/admin/keys/some/snapshot", {"name": "before"}).json()
+    assert (written["version"], written["name"], written["checksum"]) == (version, "before", learned)
+    assert [each.name for each in (tmp_path / "snapshots").iterdir()] == ["before.safetensors"]
+    served.post("/admin/keys/some/reset")
+    back = served.post("/admin/keys/some/restore", {"name": "before", "if_version": version + 1}).json()
+    assert back == {"endpoint": "some", "scope": "tenant:default", "version": version + 2}
+    assert served.get("/v1/keys/some").json()["checksum"] == learned
+    newest = served.get("/v1/keys/some/versions").json()["data"][0]
+    assert newest["reason"] == f"restore of before.safetensors, there version {version}"
+
+
+def test_a_snapshot_goes_to_another_scope_and_replaces_no_file(served):
+    teach(served)
+    assert served.post("/admin/keys/some/snapshot", {"name": "a", "version": 1}).status_code == 200
+    refused(served.post("/admin/keys/some/snapshot", {"name": "a", "version": 0}), 409, "conflict")
+    back = served.post("/admin/keys/some/restore", {"name": "a", "scope": "tenant:other"}).json()
+    assert back["version"] == 1
+    refused(served.post("/admin/keys/some/restore", {"name": "a", "if_version": 99}), 409, "conflict")
+    missing = served.post("/admin/keys/some/snapshot", {"name": "b", "version": 99})
+    refused(missing, 409, "key_version_unavailable")
+
+
+def test_a_restore_drops_what_waits_for_its_scope(served, wait_until):
+    served.post("/admin/keys/some/snapshot", {"name": "anchors"})
+    body = {"model": "some", "prompt": TEXT * 4 + "!", "max_tokens": 1, "plasticity": "learn"}
+    served.post("/v1/completions", body)
+    wait_until(lambda: served.store.counters().waiting_windows == 2)  # lessons follow the answer
+    served.post("/admin/keys/some/restore", {"name": "anchors"})
+    assert served.post("/admin/keys/some/consolidate").json()["published"] == []
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../keys", "/etc/passwd", "a/b", "a.b", "a\\b", "-a", "a" * 65,
+                                  "a\n", "a\0", "é", "a b", None, 5])  # fmt: skip
+@pytest.mark.parametrize("action", ["snapshot", "restore"])
+def test_a_snapshots_name_is_no_path(served, tmp_path, action, name):
+    assert served.post(f"/admin/keys/some/{action}", {"name": name}).status_code == 400
+    assert not (tmp_path / "snapshots").exists()
+
+
+def test_a_file_that_is_no_snapshot_is_named(served, tmp_path):
+    (tmp_path / "snapshots").mkdir()
+    (tmp_path / "snapshots" / "bad.safetensors").write_bytes(b"x" * 1000)
+    (tmp_path / "snapshots" / "out.safetensors").symlink_to(tmp_path / "keys.sqlite3")
+    response = served.post("/admin/keys/some/restore", {"name": "bad"})
+    refused(response, 400, "invalid_value")
+    assert response.json()["error"]["message"].startswith("bad.safetensors: header of")
+    assert response.json()["error"]["param"] == "name"
+    for missing in ("none", "out"):
+        refused(served.post("/admin/keys/some/restore", {"name": missing}), 404, "not_found")
+    assert served.get("/v1/keys/some").json()["version"] == 0
+
+
 def test_a_change_on_another_version_than_expected_is_409(served):
     response = served.post("/admin/keys/some/reset", {"if_version": 7})
     refused(response, 409, "conflict")

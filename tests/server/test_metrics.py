@@ -1,5 +1,7 @@
 """The metrics page says what happened, and the same as the other routes."""
 
+from dataclasses import replace
+
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -95,6 +97,17 @@ def test_learning_moves_the_key_metrics(used):
     assert value(found, "key_drift_ratio", model="some", layer="2", stat="max") > 0
     assert value(found, "key_drift_ratio", model="some", layer="1", stat="max") == 0
     assert value(found, "key_updates_total", model="some", outcome="published") == version
+
+
+def test_indexes_of_large_layers_are_shown_when_there_are_any(used, monkeypatch):
+    assert not any(name.startswith("key_index") for name, _ in samples(used))
+    counters = replace(
+        used.store.counters(), index_recall={2: 0.99}, index_builds={(2, "built"): 3, (2, "failed"): 0}
+    )
+    monkeypatch.setattr(used.store, "counters", lambda: counters)
+    found = samples(used)
+    assert value(found, "key_index_recall_ratio", model="some", layer="2") == 0.99
+    assert value(found, "key_index_rebuilds_total", model="some", layer="2", outcome="built") == 3
 
 
 def test_expert_detail_is_left_out_above_the_limit(used, monkeypatch):

@@ -1,0 +1,215 @@
+"""`libration keys`: a key store looked at and changed by hand while no server runs.
+
+The file has one writer. While a server has it, its routes under /v1/keys and /admin/keys do the same.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+
+from keystore.backends.base import EVERY_SCOPE, VersionRow
+from keystore.errors import InvalidConfig
+from keystore.records import ScopeId
+from server.cli_settings import CONFIG_OPTION, checked_settings
+from server.offline_keys import file_of, key_store, plastic_endpoints, stored_keys
+from server.settings import Settings
+
+Command = Callable[..., Any]  # Any: click's commands take what their options say
+
+
+class _Scope(click.ParamType[ScopeId]):
+    name = "scope"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> ScopeId:
+        try:
+            scope = value if isinstance(value, ScopeId) else ScopeId.parse(value)
+        except InvalidConfig as error:
+            self.fail(str(error), param, ctx)
+        if scope.kind == "anchor":
+            self.fail("the anchors never change; allowed: tenant:NAME or session:TENANT/NAME", param, ctx)
+        return scope
+
+
+SCOPE_OPTION = click.option(
+    "--scope", type=_Scope(), default="tenant:default", show_default=True, help="Whose keys."
+)
+IF_VERSION_OPTION = click.option(
+    "--if-version", type=click.IntRange(min=0), help="Change nothing unless the scope is at this version."
+)
+
+
+@click.group()
+@CONFIG_OPTION
+@click.option("--data-dir", type=click.Path(path_type=Path), help="Where the server writes.")
+@click.pass_context
+def keys(context: click.Context, config_file: Path | None, data_dir: Path | None) -> None:
+    """Look at and change routing keys while no server runs."""
+    context.obj = checked_settings(config_file, data_dir=data_dir)
+
+
+def _command(command: Command) -> Command:
+    """A subcommand of `keys` that gets the settings first and can print JSON."""
+    as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+    return keys.command(command.__name__.removesuffix("_"))(as_json(click.pass_obj(command)))
+
+
+@_command
+def list_(settings: Settings, *, as_json: bool) -> None:
+    """Every scope that has learned: where it stands, and whether it is frozen."""
+    found: list[dict[str, object]] = []
+    for name in plastic_endpoints(settings):
+        if not file_of(settings, name).exists():
+            continue
+        with stored_keys(settings, name) as backend:
+            frozen = backend.frozen()
+            for head in sorted(backend.heads(), key=lambda each: str(each.scope)):
+                names = {EVERY_SCOPE, str(head.scope), str(head.scope.parent)}
+                found.append({"endpoint": name, "scope": str(head.scope), "version": head.version,
+                              "created_at": head.created_at, "frozen": bool(names & frozen)})  # fmt: skip
+    _print_table(found, ("endpoint", "scope", "version", "created_at", "frozen"), as_json=as_json)
+
+
+@_command
+@click.argument("endpoint")
+@SCOPE_OPTION
+@click.option("--version", type=click.IntRange(min=0), help="Default: the newest; 0 is the anchors.")
+def show(settings: Settings, endpoint: str, scope: ScopeId, version: int | None, *, as_json: bool) -> None:
+    """One version, layer by layer: how many keys, and how far they are from home."""
+    from server.keyspace import read_layers
+
+    with key_store(settings, endpoint) as store:
+        view = store.view(scope, version)
+        layers: list[dict[str, object]] = [
+            {"layer": layer, "keys": len(view.keys_of(layer)), "plastic": layer in view.usage,
+             "moved": read.moved, "drift_max": read.drift_max, "drift_mean": read.drift_mean}
+            for layer, read in read_layers(store, view).items()
+        ]  # fmt: skip
+        about = {"endpoint": endpoint, "scope": str(scope), "version": view.version, "tokens": view.tokens,
+                 "checksum": view.checksum, "reason": view.reason, "frozen": store.is_frozen(scope)}  # fmt: skip
+    if as_json:
+        click.echo(json.dumps(about | {"layers": layers}))
+        return
+    for name, value in about.items():
+        click.echo(f"{name:<10}{_shown(name, value)}")
+    _print_table(layers, tuple(layers[0]), as_json=False)
+
+
+@_command
+@click.argument("endpoint")
+@SCOPE_OPTION
+def versions(settings: Settings, endpoint: str, scope: ScopeId, *, as_json: bool) -> None:
+    """The versions that are kept, newest first. Version 0, the anchors, is always there."""
+    with stored_keys(settings, endpoint) as backend:
+        rows = [_row(each) for each in backend.versions(scope)]
+    _print_table(rows, ("version", "parent", "created_at", "tokens", "drift_max", "reason"), as_json=as_json)
+
+
+@_command
+@click.argument("endpoint")
+@click.option("--scope", type=_Scope(), help="Whose keys; a tenant's sessions included. Default: all.")
+def freeze(settings: Settings, endpoint: str, scope: ScopeId | None, *, as_json: bool) -> None:
+    """Stop learning of one scope, or of all without --scope."""
+    _set_frozen(settings, endpoint, scope, frozen=True, as_json=as_json)
+
+
+@_command
+@click.argument("endpoint")
+@click.option("--scope", type=_Scope(), help="The scope that was frozen. Default: all.")
+def unfreeze(settings: Settings, endpoint: str, scope: ScopeId | None, *, as_json: bool) -> None:
+    """Undo a freeze of the same scope."""
+    _set_frozen(settings, endpoint, scope, frozen=False, as_json=as_json)
+
+
+@_command
+@click.argument("endpoint")
+@click.argument("to_version", type=click.IntRange(min=0))
+@SCOPE_OPTION
+@IF_VERSION_OPTION
+def rollback(
+    settings: Settings,
+    endpoint: str,
+    to_version: int,
+    scope: ScopeId,
+    if_version: int | None,
+    *,
+    as_json: bool,
+) -> None:
+    """Publish the keys of TO_VERSION as a new version; 0 goes back to the anchors."""
+    with key_store(settings, endpoint) as store:
+        version = store.rollback(scope, to_version, if_version=if_version)
+    done = {"endpoint": endpoint, "scope": str(scope), "version": version}
+    _print_done(done, f"{scope} is at version {version}, which is version {to_version} again", as_json)
+
+
+@_command
+@click.argument("endpoint")
+@click.argument("file", type=click.Path(path_type=Path))
+@SCOPE_OPTION
+@click.option("--version", type=click.IntRange(min=0), help="Default: the newest; 0 is the anchors.")
+def export(
+    settings: Settings, endpoint: str, file: Path, scope: ScopeId, version: int | None, *, as_json: bool
+) -> None:
+    """Write one version to FILE, a new safetensors file."""
+    with key_store(settings, endpoint) as store:
+        view = store.snapshot(scope, version, file)
+    done = {"endpoint": endpoint, "scope": str(scope), "version": view.version, "file": str(file),
+            "checksum": view.checksum}  # fmt: skip
+    _print_done(done, f"version {view.version} of {scope} is in {file}", as_json)
+
+
+@_command
+@click.argument("endpoint")
+@click.argument("file", type=click.Path(path_type=Path))
+@SCOPE_OPTION
+@IF_VERSION_OPTION
+def import_(
+    settings: Settings, endpoint: str, file: Path, scope: ScopeId, if_version: int | None, *, as_json: bool
+) -> None:
+    """Publish the keys in FILE as a new version. Keys of other weights are refused."""
+    with key_store(settings, endpoint, may_create=True) as store:
+        version = store.restore(scope, file, if_version=if_version)
+    done = {"endpoint": endpoint, "scope": str(scope), "version": version, "file": str(file)}
+    _print_done(done, f"{scope} is at version {version}, the keys in {file}", as_json)
+
+
+def _set_frozen(
+    settings: Settings, endpoint: str, scope: ScopeId | None, *, frozen: bool, as_json: bool
+) -> None:
+    name = EVERY_SCOPE if scope is None else str(scope)
+    with stored_keys(settings, endpoint) as backend:
+        backend.set_frozen(name, frozen, datetime.now(UTC).timestamp())
+    shown = None if scope is None else str(scope)
+    text = f"{shown or 'every scope'} of {endpoint} is {'frozen' if frozen else 'no longer frozen by name'}"
+    _print_done({"endpoint": endpoint, "scope": shown, "frozen": frozen}, text, as_json)
+
+
+def _row(row: VersionRow) -> dict[str, object]:
+    return {"version": row.version, "parent": row.parent, "created_at": row.created_at,
+            "tokens": row.tokens, "drift_max": row.drift_max, "drift_mean": row.drift_mean,
+            "checksum": row.checksum, "reason": row.reason}  # fmt: skip
+
+
+def _print_done(done: Mapping[str, object], text: str, as_json: bool) -> None:
+    click.echo(json.dumps(done) if as_json else text)
+
+
+def _print_table(rows: list[dict[str, object]], columns: tuple[str, ...], *, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(rows))
+        return
+    cells = [[*columns], *([_shown(name, row[name]) for name in columns] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for line in cells:
+        click.echo("  ".join(map(str.ljust, line, widths)).rstrip())
+
+
+def _shown(name: str, value: object) -> str:
+    if name == "created_at":
+        return datetime.fromtimestamp(float(str(value)), UTC).strftime("%Y-%m-%d %H:%M:%S")
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
