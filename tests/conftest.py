@@ -148,6 +148,11 @@ def every_tiny(variant: str) -> Tiny:
     return make_tiny(torch.float32, variant)
 
 
+@pytest.fixture(scope="session")
+def tiny_variants() -> dict[str, BlockConfig]:
+    return TINY_VARIANTS
+
+
 @pytest.fixture(name="random_weights", scope="session")
 def random_weights_fixture() -> Callable[..., dict[str, Tensor]]:
     return random_weights

@@ -1,5 +1,6 @@
 """What a stranger sees: the real model over HTTP, keys that move, and a server that survives."""
 
+import itertools
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 from openai import NotFoundError, OpenAI
 
@@ -57,9 +59,12 @@ def metric(server, name, **labels):
     return total
 
 
-def test_a_stranger_gets_paris_from_both_endpoints_by_model_and_by_base_url(start):
+VARIANTS = ("some", "moe", "mom", "fm-moe", "dense")
+
+
+def test_a_stranger_gets_paris_from_every_endpoint_by_model_and_by_base_url(start):
     server = start()
-    for name in ("some", "dense"):
+    for name in VARIANTS:
         assert "Paris" in text_of(server.chat(name, PARIS))
         for client, model in (
             (OpenAI(base_url=f"{server.url}/v1", api_key="none"), name),
@@ -86,11 +91,24 @@ def test_a_stranger_gets_paris_from_both_endpoints_by_model_and_by_base_url(star
 
 def test_eight_streams_at_once_equal_their_single_stream_text(start):
     server = start()
-    body = {"plasticity": "off", "max_tokens": 40}
-    alone = [text_of(server.chat("some", question, **body)) for question in QUESTIONS]
+    asked = list(zip(itertools.cycle(VARIANTS), QUESTIONS, strict=False))  # all variants in one batch
+
+    def answer(item):
+        return text_of(server.chat(*item, plasticity="off", max_tokens=40))
+
+    alone = [answer(item) for item in asked]
     with ThreadPoolExecutor(8) as pool:
-        together = list(pool.map(lambda q: text_of(server.chat("some", q, **body)), QUESTIONS))
+        together = list(pool.map(answer, asked))
     assert together == alone
+
+
+def test_the_base_is_in_memory_once_for_all_five(start):
+    server = start()
+    for name in VARIANTS:
+        server.chat(name, PARIS)
+    resident = psutil.Process(server.process.pid).memory_info().rss
+    base = sum(path.stat().st_size for path in (server.data_dir / "cache").glob("*.safetensors"))
+    assert resident < 3 * base + 500 * 2**20, (resident, base)
 
 
 def test_keys_move_with_the_traffic_within_their_radius_and_survive_kill_9(start):
