@@ -111,9 +111,15 @@ def _requests(
     prompts: Sequence[tuple[int, ...]],
     max_tokens: int,
 ) -> Iterator[GenerationRequest]:
-    """One request for each choice. A prompt teaches once, however many choices it has."""
+    """One request for each choice. A prompt teaches once, however many choices it has.
+
+    A prompt that is only scored teaches nothing unless the request says so: measuring must not move what it measures.
+    """
     request_id, tenant = exchange_of(request).request_id, caller_of(request).tenant
     default = endpoint.plasticity.default if endpoint.plasticity is not None else "off"
+    mode = body.plasticity
+    if mode is None and default == "learn" and max_tokens == 0:
+        mode = "read"
     for p, prompt in enumerate(prompts):
         for choice in range(body.n):
             first = GenerationRequest(
@@ -123,12 +129,12 @@ def _requests(
                 stop=tuple(body.stop),
                 tenant=tenant,
                 session_id=body.session_id,
-                plasticity=body.plasticity,
+                plasticity=mode,
                 key_version=body.key_version,
                 flow_steps=body.flow_steps,
                 report=body.report,
             )
-            repeats = choice > 0 and (body.plasticity or default) == "learn"
+            repeats = choice > 0 and (mode or default) == "learn"
             yield replace(first, plasticity="read") if repeats else first
 
 

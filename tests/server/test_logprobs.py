@@ -343,3 +343,13 @@ def test_openais_client_reads_logprobs(url):
 
 def test_nothing_is_left_running(served, wait_until):
     wait_until(lambda: served.idle)
+
+
+def test_a_prompt_that_is_only_scored_teaches_when_asked_to_and_not_otherwise(served):
+    def told(**fields):
+        return completion(served, model="some", echo=True, **({"plasticity": None} | fields))["libration"]
+
+    scored = told(max_tokens=0, logprobs=1)
+    assert (scored["plasticity"], scored["learned_tokens"]) == ("read", 0)
+    assert told(max_tokens=0, plasticity="learn")["learned_tokens"] > 0
+    assert told(max_tokens=1)["plasticity"] == "learn"
