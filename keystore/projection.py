@@ -2,12 +2,14 @@
 
 # M experts, D dimensions
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from keystore.records import Float32Array, Float64Array
+from keystore.records import Float32Array, Float64Array, Int64Array
+
+ROWS_AT_ONCE = 256  # bounds the scratch of a distance search to 256 * M * 8 bytes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,6 +33,34 @@ class LayerDrift:
     def moved(self) -> int:
         """Number of keys that are not at their anchor."""
         return int(np.count_nonzero(self.relative))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plane:
+    """The two directions in which a layer's anchors differ most, for drawing (principal components).
+
+    Fitted to the anchors alone, so a picture of any version of any scope has the same axes.
+    """
+
+    centre: Float64Array  # (D,)
+    axes: Float64Array  # (2, D), orthonormal
+    explained: float  # share of the anchors' variance that the plane shows
+
+    @classmethod
+    def of(cls, anchors: Float32Array) -> "Plane":
+        """Needs two dimensions or more. The largest component of each axis is positive: the sign is arbitrary."""
+        wide = anchors.astype(np.float64)
+        centre = wide.mean(axis=0)
+        _, lengths, rows = np.linalg.svd(wide - centre, full_matrices=True)
+        axes = rows[:2]
+        largest = axes[np.arange(2), np.abs(axes).argmax(axis=1)]
+        variance = (lengths**2).sum()
+        shown = (lengths[:2] ** 2).sum()
+        return cls(centre, axes * np.sign(largest)[:, None], float(shown / variance) if variance else 1.0)
+
+    def project(self, keys: Float32Array) -> Float64Array:
+        """Coordinates of keys (M, D) in the plane: (M, 2)."""
+        return (keys.astype(np.float64) - self.centre) @ self.axes.T
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +95,22 @@ def drift_of_layers(
     return float(everything.max()), float(everything.mean())
 
 
-def nearest_neighbour(keys: Float32Array, expert_id: int) -> tuple[int, float]:
-    """The other key closest to `expert_id` and its Euclidean distance. Needs two keys or more."""
-    distance = np.linalg.norm(keys.astype(np.float64) - keys[expert_id], axis=1)
-    distance[expert_id] = np.inf
-    nearest = int(distance.argmin())
-    return nearest, float(distance[nearest])
+def nearest_neighbours(keys: Float32Array, expert_ids: Sequence[int]) -> tuple[Int64Array, Float64Array]:
+    """For some experts the closest other key and its Euclidean distance; -1 and 0 where there is no other."""
+    nearest = np.full(len(expert_ids), -1, dtype=np.int64)
+    distances = np.zeros(len(expert_ids))
+    if len(keys) < 2:
+        return nearest, distances
+    wide = keys.astype(np.float64)
+    squared = (wide**2).sum(axis=1)
+    for first in range(0, len(expert_ids), ROWS_AT_ONCE):
+        rows = np.asarray(expert_ids[first : first + ROWS_AT_ONCE])
+        away = squared - 2.0 * (wide[rows] @ wide.T)  # (rows, M), short of each row's own square
+        away[np.arange(len(rows)), rows] = np.inf
+        closest = away.argmin(axis=1)
+        nearest[first : first + len(rows)] = closest
+        distances[first : first + len(rows)] = np.linalg.norm(wide[rows] - wide[closest], axis=1)
+    return nearest, distances
 
 
 def min_pairwise_distance(keys: Float32Array) -> float:

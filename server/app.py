@@ -9,7 +9,7 @@ from starlette.middleware import Middleware
 
 from server.auth import Authentication
 from server.middleware import BodyLimit, RequestContext
-from server.routes import admin, health, key_events, key_search, keys, openai, tokens
+from server.routes import admin, health, key_events, key_pictures, key_search, keys, openai, tokens
 from server.state import ServerState
 
 ROUTERS = (
@@ -18,6 +18,7 @@ ROUTERS = (
     tokens.router,
     keys.router,
     key_search.router,
+    key_pictures.router,
     key_events.router,
     admin.router,
 )

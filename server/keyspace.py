@@ -5,7 +5,7 @@ M experts, D key size.
 
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,14 +13,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keystore.errors import KeyVersionUnavailable
-from keystore.projection import LoadBalance, layer_drift, load_balance, min_pairwise_distance
+from keystore.projection import (
+    LoadBalance,
+    layer_drift,
+    load_balance,
+    min_pairwise_distance,
+    nearest_neighbours,
+)
 from keystore.records import Float32Array, ScopeId
 from keystore.snapshot import KeySnapshot
 from keystore.store import KeyStore
 from server.registry import Endpoint
 
 IDLE_SHARE = 0.1  # of a fair share
-ROWS_AT_ONCE = 256  # bounds the scratch of a distance search to 256 * M * 8 bytes
 READINGS_KEPT = 256
 
 SortField = Literal["expert", "usage", "drift", "norm", "distance"]
@@ -82,26 +87,6 @@ def moved_experts(store: KeyStore, view: KeySnapshot) -> dict[int, list[int]] | 
         return None
     changed = {layer: (before[layer] != keys).any(axis=1) for layer, keys in view.keys.items()}
     return {layer: np.flatnonzero(rows).tolist() for layer, rows in changed.items() if rows.any()}
-
-
-def nearest_neighbours(
-    keys: Float32Array, expert_ids: Sequence[int]
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """For some experts the closest other key and its Euclidean distance; -1 and 0 where there is no other."""
-    nearest = np.full(len(expert_ids), -1, dtype=np.int64)
-    distances = np.zeros(len(expert_ids))
-    if len(keys) < 2:
-        return nearest, distances
-    wide = keys.astype(np.float64)
-    squared = (wide**2).sum(axis=1)
-    for first in range(0, len(expert_ids), ROWS_AT_ONCE):
-        rows = np.asarray(expert_ids[first : first + ROWS_AT_ONCE])
-        away = squared - 2.0 * (wide[rows] @ wide.T)  # (rows, M), short of each row's own square
-        away[np.arange(len(rows)), rows] = np.inf
-        closest = away.argmin(axis=1)
-        nearest[first : first + len(rows)] = closest
-        distances[first : first + len(rows)] = np.linalg.norm(wide[rows] - wide[closest], axis=1)
-    return nearest, distances
 
 
 def idle_experts(load: NDArray[np.int64]) -> int:

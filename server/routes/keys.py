@@ -1,9 +1,12 @@
 """The key space, read only: which keys an endpoint routes by, where they are and how they came there."""
 
-from typing import Annotated, Any
+import io
+from typing import Annotated, Any, Literal
 
+import numpy as np
 from fastapi import APIRouter, Query, Request, Response
 
+from keystore.projection import nearest_neighbours
 from keystore.records import Float32Array, ScopeId
 from keystore.snapshot import KeySnapshot
 from server.exchange import caller_of
@@ -12,7 +15,6 @@ from server.keyspace import (
     SortField,
     layer_columns,
     load_of_layer,
-    nearest_neighbours,
     ranked_experts,
     read_layers,
     usage_share,
@@ -144,11 +146,20 @@ def list_versions(
 
 
 @router.get("/{endpoint}/usage")
-def show_usage(request: Request, endpoint: str) -> Response:
-    """Tokens per phase, layer and expert since the start of the process: the matrix behind the metrics."""
+def show_usage(
+    request: Request, endpoint: str, form: Annotated[Literal["json", "npz"], Query(alias="format")] = "json"
+) -> Response:
+    """Tokens per phase, layer and expert since the start of the process: the matrix behind the metrics.
+
+    As npz: `counts` (phases, layers, experts) and `layers`, which `numpy.load` reads without pickle.
+    """
     usage = state_of(request).registry.get(endpoint).usage
     if usage is None:
         raise NotFound(f"the endpoint {endpoint!r} has no experts")
+    if form == "npz":
+        file = io.BytesIO()
+        np.savez_compressed(file, counts=usage.counts, layers=np.array(usage.layers))
+        return Response(file.getvalue(), media_type="application/zip")
     return json_response(
         {
             "endpoint": endpoint,

@@ -33,6 +33,8 @@ GET  /v1/keys/{endpoint}/layers/{layer}        user
 GET  /v1/keys/{endpoint}/versions              user
 GET  /v1/keys/{endpoint}/usage                 user
 POST /v1/keys/{endpoint}/layers/{layer}/search user
+GET  /v1/keys/{endpoint}/layers/{layer}/projection user
+GET  /v1/keys/{endpoint}/layers/{layer}/experts/{expert} user
 GET  /v1/keys/{endpoint}/events                user
 POST /admin/keys/{endpoint}/freeze             admin
 POST /admin/keys/{endpoint}/unfreeze           admin
@@ -72,7 +74,12 @@ def routes_of(app):
 
 
 def filled(path):
-    return path.replace("{endpoint}", "some").replace("{model}", "some").replace("{layer}", "2")
+    return (
+        path.replace("{endpoint}", "some")
+        .replace("{model}", "some")
+        .replace("{layer}", "2")
+        .replace("{expert}", "1")
+    )
 
 
 def test_every_route_has_its_row_in_the_matrix(guarded):

@@ -1,6 +1,7 @@
 """The key space over HTTP: what it shows, how it changes, what it announces."""
 
 import asyncio
+import io
 import json
 
 import httpx
@@ -388,3 +389,47 @@ def test_listeners_are_let_go_when_the_server_drains(served, listening):
 def test_listeners_are_bounded(served, monkeypatch):
     monkeypatch.setattr("server.routes.key_events.MAX_LISTENERS", 0)
     refused(served.get("/v1/keys/some/events"), 503, "server_overloaded")
+
+
+def test_a_layers_picture_keeps_its_axes_while_keys_move(served):
+    before = served.get("/v1/keys/some/layers/2/projection").json()
+    assert before["anchors"] == before["keys"]
+    version = teach(served)
+    after = served.get("/v1/keys/some/layers/2/projection").json()
+    assert after["version"] == version
+    assert after["anchors"] == before["anchors"]
+    assert after["keys"] != before["keys"]
+    assert np.array(after["keys"]).shape == (8, 2)
+    assert 0 < after["explained"] <= 1
+
+
+def test_one_expert_is_shown_with_its_neighbours_and_history(served):
+    teach(served)
+    newest = teach(served, "something else entirely ")
+    row = next(each for each in served.get("/v1/keys/some/layers/2").json()["experts"] if each["drift"] > 0)
+    shown = served.get(f"/v1/keys/some/layers/2/experts/{row['expert']}").json()
+    assert {name: shown[name] for name in ("usage", "share", "drift", "norm")} == {
+        name: row[name] for name in ("usage", "share", "drift", "norm")
+    }
+    assert shown["nearest"][0] == row["nearest"]
+    assert len(shown["nearest"]) == 7
+    assert [each["version"] for each in shown["history"]] == list(range(newest, 0, -1))
+    assert shown["history"][0]["drift"] == pytest.approx(shown["drift"])
+    limited = served.get(f"/v1/keys/some/layers/2/experts/{row['expert']}", params={"limit": 1}).json()
+    assert limited["history"] == shown["history"][:1]
+
+
+@pytest.mark.parametrize(
+    "path", ["layers/2/experts/8", "layers/2/experts/-1", "layers/7/experts/0", "layers/7/projection"]
+)
+def test_an_expert_or_layer_that_is_not_there_is_a_404(served, path):
+    refused(served.get(f"/v1/keys/some/{path}"), 404, "not_found")
+
+
+def test_usage_as_npz_is_the_matrix_of_the_json(served):
+    teach(served)
+    response = served.get("/v1/keys/some/usage", params={"format": "npz"})
+    with np.load(io.BytesIO(response.content), allow_pickle=False) as arrays:
+        assert arrays["counts"].tolist() == served.get("/v1/keys/some/usage").json()["counts"]
+        assert arrays["layers"].tolist() == [1, 2]
+    refused(served.get("/v1/keys/some/usage", params={"format": "xml"}), 400, "invalid_value")

@@ -1,0 +1,108 @@
+"""One expert and its history, and a layer as a picture: coordinates of every key in a plane that never changes."""
+
+from typing import Any
+
+import numpy as np
+from fastapi import APIRouter, Request, Response
+
+from keystore.errors import KeyVersionUnavailable
+from keystore.projection import Plane, layer_drift
+from keystore.records import ScopeId
+from keystore.store import KeyStore
+from server.exchange import caller_of
+from server.keyspace import anchors_of, layer_columns
+from server.refusals import NotFound
+from server.routes.keys import Limit, Scope, Session, Version, keys_of_layer
+from server.routes.lookup import routing_keys_of, visible_scope
+from server.routes.wire import StrictJsonRoute, json_response
+from server.state import state_of
+
+router = APIRouter(prefix="/v1/keys", route_class=StrictJsonRoute)
+
+NEIGHBOURS = 8
+
+
+@router.get("/{endpoint}/layers/{layer}/projection")
+def project_layer(
+    request: Request,
+    endpoint: str,
+    layer: int,
+    scope: Scope = None,
+    session_id: Session = None,
+    version: Version = None,
+) -> Response:
+    """Anchors and keys in the plane in which the anchors differ most; the same plane for every version."""
+    _, plasticity = routing_keys_of(state_of(request).registry, endpoint)
+    seen = visible_scope(caller_of(request), scope, session_id)
+    view = plasticity.store.view(seen, version)
+    keys = keys_of_layer(view, layer)
+    anchors = anchors_of(plasticity.store)[layer]
+    plane = Plane.of(anchors)
+    return json_response(
+        {
+            "endpoint": endpoint,
+            "layer": layer,
+            "scope": str(seen),
+            "version": view.version,
+            "explained": plane.explained,
+            "anchors": plane.project(anchors),
+            "keys": plane.project(keys),
+        }
+    )
+
+
+@router.get("/{endpoint}/layers/{layer}/experts/{expert}")
+def show_expert(
+    request: Request,
+    endpoint: str,
+    layer: int,
+    expert: int,
+    scope: Scope = None,
+    session_id: Session = None,
+    version: Version = None,
+    limit: Limit = 64,
+) -> Response:
+    """One expert: its load, where its key is, who is near, and how it moved over the scope's kept versions."""
+    served, plasticity = routing_keys_of(state_of(request).registry, endpoint)
+    store = plasticity.store
+    seen = visible_scope(caller_of(request), scope, session_id)
+    view = store.view(seen, version)
+    keys = keys_of_layer(view, layer)
+    if not 0 <= expert < len(keys):
+        raise NotFound(f"layer {layer} has no expert {expert}; allowed: 0 to {len(keys) - 1}", "expert")
+    columns = layer_columns(served, store, view, layer)
+    distances = np.linalg.norm(keys.astype(np.float64) - keys[expert], axis=1)
+    nearest = [int(each) for each in np.argsort(distances, kind="stable") if each != expert][:NEIGHBOURS]
+    return json_response(
+        {
+            "endpoint": endpoint,
+            "layer": layer,
+            "expert": expert,
+            "scope": str(seen),
+            "version": view.version,
+            "plastic": layer in view.usage,
+            "usage": {"prefill": int(columns.usage[0, expert]), "decode": int(columns.usage[1, expert])},
+            "share": float(columns.share[expert]),
+            "drift": float(columns.drift[expert]),
+            "drift_of_radius": float(columns.drift_of_radius[expert]),
+            "norm": float(columns.norm[expert]),
+            "nearest": [{"expert": each, "distance": float(distances[each])} for each in nearest],
+            "history": _history(store, seen, layer, expert, limit),
+        }
+    )
+
+
+def _history(store: KeyStore, scope: ScopeId, layer: int, expert: int, limit: int) -> list[dict[str, Any]]:
+    """Drift of one key in the scope's kept versions, newest first; a version thinned out meanwhile is left out."""
+    anchor = anchors_of(store)[layer][expert : expert + 1]
+    history: list[dict[str, Any]] = []
+    for row in store.versions(scope)[:limit]:
+        try:
+            key = store.view(scope, row.version).keys_of(layer)[expert : expert + 1]
+        except KeyVersionUnavailable:
+            continue
+        drift = layer_drift(anchor, key, store.gravity.trust_radius)
+        history.append(
+            {"version": row.version, "drift": float(drift.relative[0]), "drift_of_radius": drift.max}
+        )
+    return history
