@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from server.cli_chat import chat
 from server.cli_keys import keys
 from server.cli_settings import CONFIG_OPTION, checked_settings
 
@@ -48,6 +49,7 @@ def serve(config_file: Path | None, data_dir: Path | None, **listen: Any) -> Non
 
 
 main.add_command(keys)
+main.add_command(chat)
 
 
 @main.group()
