@@ -7,6 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+import numpy as np
+
+from keystore.errors import NonFiniteQueries
+from keystore.index import score_pairs
 from keystore.index_builder import SearchIndex
 from keystore.records import Float32Array, Int64Array, ScopeId
 
@@ -43,6 +47,14 @@ class KeySnapshot:
     def search(self, layer: int, queries: Float32Array, k: int) -> tuple[Float32Array, Int64Array]:
         """Scores (T, k) and expert ids (T, k) of the best keys. Raises NonFiniteQueries."""
         return self.indexes[layer].search(queries, k)
+
+    def score(self, layer: int, queries: Float32Array, expert_ids: Int64Array) -> Float32Array:
+        """Inner products (T, k) with given keys, the bits that `search` has for them. Raises NonFiniteQueries."""
+        queries, expert_ids = np.ascontiguousarray(queries), np.ascontiguousarray(expert_ids)
+        scores = score_pairs(queries, self.indexes[layer].keys, expert_ids)
+        if not np.isfinite(scores).all():
+            raise NonFiniteQueries("an inner product overflowed or is NaN; allowed: finite float32 values")
+        return scores
 
 
 def build_indexes(

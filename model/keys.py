@@ -27,6 +27,10 @@ class KeyView(Protocol):
         """The k keys of largest inner product per query: scores and expert ids, both (tokens, k)."""
         ...
 
+    def score(self, layer: int, queries: Float32Array, expert_ids: Int64Array) -> Float32Array:
+        """Inner products of each query with given keys, (tokens, k): the bits that `search` has for them."""
+        ...
+
 
 class AnchorKeys:
     """The keys that a model was trained with, searched exactly in numpy. Version 0 of everything."""
@@ -40,7 +44,13 @@ class AnchorKeys:
         return self._anchors[layer]
 
     def search(self, layer: int, queries: Float32Array, k: int) -> tuple[Float32Array, Int64Array]:
-        # Not `@`: a BLAS product gives a row other bits when there are other rows beside it.
-        scores = np.einsum("td,ed->te", queries, self._anchors[layer])
+        scores = self._scores(layer, queries)
         order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
         return np.take_along_axis(scores, order, axis=1), order.astype(np.int64)
+
+    def score(self, layer: int, queries: Float32Array, expert_ids: Int64Array) -> Float32Array:
+        return np.take_along_axis(self._scores(layer, queries), expert_ids, axis=1)
+
+    def _scores(self, layer: int, queries: Float32Array) -> Float32Array:
+        # Not `@`: a BLAS product gives a row other bits when there are other rows beside it.
+        return np.einsum("td,ed->te", queries, self._anchors[layer])

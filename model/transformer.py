@@ -62,6 +62,7 @@ class Segment:
     decode: bool = False
     flow_steps: int | None = None  # integration steps of flow-matching experts; None: the variant's own
     routed: list[NDArray[np.int64]] | None = None  # takes in each routed layer's expert ids (T, K)
+    forced: Mapping[int, Tensor] | None = None  # expert ids (rows, K) of the leading rows, by layer
 
 
 class Transformer:
@@ -204,6 +205,7 @@ class Transformer:
                         state=segment.cache.block_states,
                         flow_steps=segment.flow_steps,
                         routed=segment.routed,
+                        forced=segment.forced,
                     )
                 )
                 groups.append((variant, first, row + length, members))

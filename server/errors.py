@@ -27,6 +27,7 @@ from server.engine.errors import ContextLengthExceeded, EngineDraining, EngineOv
 from server.registry import (
     FlowStepsUnavailable,
     PlasticityUnavailable,
+    RoutedExpertsInvalid,
     RoutedExpertsUnavailable,
     UnknownEndpoint,
 )
@@ -92,6 +93,7 @@ TABLE: tuple[tuple[type[Exception], Problem], ...] = (
     (PlasticityUnavailable, _invalid("invalid_value")),
     (FlowStepsUnavailable, _invalid("unsupported_parameter")),
     (RoutedExpertsUnavailable, _invalid("unsupported_parameter")),
+    (RoutedExpertsInvalid, _invalid("invalid_value")),
     (ChatTemplateError, _invalid("invalid_value")),
     (InvalidConfig, _invalid("invalid_value")),
     (NonFiniteQueries, _invalid("invalid_value")),
@@ -106,6 +108,7 @@ PARAMS: dict[type[Exception], str] = {
     PlasticityUnavailable: "plasticity",
     FlowStepsUnavailable: "flow_steps",
     RoutedExpertsUnavailable: "return_routed_experts",
+    RoutedExpertsInvalid: "routed_experts",
     ChatTemplateError: "messages",
     InvalidConfig: "scope",
     KeyVersionUnavailable: "key_version",

@@ -34,6 +34,7 @@ class GenerationRequest:
     plasticity: PlasticityMode | None = None  # None: the endpoint's own default
     key_version: int | None = None  # None: the scope's newest
     flow_steps: int | None = None  # None: the variant's own
+    routed_experts: RoutedRows | None = None  # what the prompt's leading tokens take, as an answer told it
     report: Report = field(default_factory=Report)
 
 

@@ -4,6 +4,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from keystore.records import ScopeId
 from keystore.store import KeyStore
 from model.blocks.base import ExpertUsage
@@ -11,7 +13,7 @@ from model.keys import KeyView
 from model.tokenizer import TextTokenizer
 from server.engine.errors import ContextLengthExceeded
 from server.engine.runner import EngineRunner
-from server.engine.sequence import Lesson, Sequence
+from server.engine.sequence import Lesson, RoutedRows, Sequence
 from server.generation import Generation, GenerationRequest, KeyUse, PlasticityMode, open_mailbox
 from server.plasticity import Teacher
 
@@ -30,6 +32,10 @@ class FlowStepsUnavailable(ValueError):
 
 class RoutedExpertsUnavailable(ValueError):
     """The request asks which experts worked, of an endpoint that has none."""
+
+
+class RoutedExpertsInvalid(ValueError):
+    """The experts that the request prescribes do not fit its prompt or the endpoint's layers, or it has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +65,8 @@ class Endpoint:
         """Queue a request. Needs a running event loop.
 
         Raises ContextLengthExceeded, EngineOverloaded, EngineDraining, PlasticityUnavailable,
-        FlowStepsUnavailable, RoutedExpertsUnavailable and the key store's KeyVersionUnavailable.
+        FlowStepsUnavailable, RoutedExpertsUnavailable, RoutedExpertsInvalid and the key store's
+        KeyVersionUnavailable.
         """
         return self.start_all([request])[0]
 
@@ -90,6 +97,8 @@ class Endpoint:
             raise RoutedExpertsUnavailable(
                 f"endpoint {self.name!r} has no experts: 'return_routed_experts' does not apply"
             )
+        if request.routed_experts is not None:
+            self._check_prescribed(request.routed_experts, prompt)
         use, keys, teach = self._keys_for(request)
         mailbox = open_mailbox()
         sequence = Sequence(
@@ -105,10 +114,29 @@ class Endpoint:
             arrived_at=time.monotonic(),
             flow_steps=request.flow_steps,
             report=request.report,
+            forced=request.routed_experts,
         )
         return sequence, Generation(
             self.runner, sequence, mailbox, self.tokenizer, request.stop, use, request.report
         )
+
+    def _check_prescribed(self, expert_ids: RoutedRows, prompt_tokens: int) -> None:
+        if self.usage is None or self.variant in ("mom", "ffn"):
+            raise RoutedExpertsInvalid(
+                f"endpoint {self.name!r} does not choose experts: 'routed_experts' does not apply"
+            )
+        layers, per_token = len(self.usage.layers), self.usage.num_experts_per_tok
+        num_experts = self.usage.counts.shape[2]
+        if expert_ids.shape[1:] != (layers, per_token) or len(expert_ids) > prompt_tokens:
+            raise RoutedExpertsInvalid(
+                f"routed_experts has shape {expert_ids.shape}; allowed: at most {prompt_tokens} tokens of the prompt, "
+                f"{layers} layers, {per_token} experts"
+            )
+        in_order = np.sort(expert_ids, axis=2)
+        if (expert_ids >= num_experts).any() or (in_order[..., 1:] == in_order[..., :-1]).any():
+            raise RoutedExpertsInvalid(
+                f"routed_experts must name different experts for a token, from 0 to {num_experts - 1}"
+            )
 
     def _keys_for(
         self, request: GenerationRequest

@@ -59,6 +59,9 @@ class BlockSpan:
     state: dict[int, Tensor]  # what blocks with memory keep of the sequence, by layer
     flow_steps: int | None = None  # integration steps of flow-matching experts; None: the variant's own
     routed: list[NDArray[np.int64]] | None = None  # takes in expert ids (T, K), a layer after another
+    forced: Mapping[int, Tensor] | None = (
+        None  # expert ids (rows, K) by layer, in place of the router's choice
+    )
 
 
 class ExpertUsage:
@@ -108,6 +111,15 @@ class ExpertBlock(nn.Module):
     def normed(self, hidden: Tensor) -> Tensor:
         """RMSNorm(hidden) in float32."""
         return F.rms_norm(hidden.float(), self.norm.shape, self.norm, self.config.rms_norm_eps)
+
+
+def forced_rows(spans: Sequence[BlockSpan], layer: int) -> list[tuple[slice, Tensor]]:
+    """Rows whose experts are given, with their ids (rows, K)."""
+    return [
+        (slice(span.first, span.first + len(span.forced[layer])), span.forced[layer])
+        for span in spans
+        if span.forced is not None
+    ]
 
 
 def check_sizes(config: BlockConfig) -> None:

@@ -12,7 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.blocks.base import BlockConfig, BlockSpan, ExpertBlock, ExpertUsage, check_choice, record_routing
+from model.blocks.base import (
+    BlockConfig,
+    BlockSpan,
+    ExpertBlock,
+    ExpertUsage,
+    check_choice,
+    forced_rows,
+    record_routing,
+)
 from model.blocks.experts import dispatch, padded_linear
 from model.blocks.routing import (
     BALANCE_LOSS_COEF,
@@ -60,7 +68,7 @@ class FmMoeBlock(ExpertBlock):
     def serve(self, hidden: Tensor, layer: int, spans: Sequence[BlockSpan], usage: ExpertUsage) -> Tensor:
         with one_thread():
             normed = self.normed(hidden)
-            gates, expert_ids, _ = self.route(normed)
+            gates, expert_ids, _ = self.route(normed, forced_rows(spans, layer))
             record_routing(usage, layer, expert_ids, spans)
             parts = [
                 self.experts(normed[rows], expert_ids[rows], steps or self.config.flow_steps)
@@ -86,11 +94,13 @@ class FmMoeBlock(ExpertBlock):
         outputs = self.experts(rows, expert_ids, steps)  # (T, K, H)
         return (outputs * gates.unsqueeze(-1)).sum(1), router_logits
 
-    def route(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def route(
+        self, rows: Tensor, forced: Sequence[tuple[slice, Tensor]] = ()
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """rows (T, H) -> gates (T, K), expert ids (T, K), router logits (T, E)."""
         router_logits = padded_linear(rows, self.router)
         gates, expert_ids = top_k_of_softmax(
-            router_logits, self.config.num_experts_per_tok, eps=RENORMALIZE_EPS
+            router_logits, self.config.num_experts_per_tok, eps=RENORMALIZE_EPS, forced=forced
         )
         return gates, expert_ids, router_logits
 

@@ -9,7 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from model.blocks.base import BlockConfig, BlockSpan, ExpertBlock, ExpertUsage, check_choice, record_routing
+from model.blocks.base import (
+    BlockConfig,
+    BlockSpan,
+    ExpertBlock,
+    ExpertUsage,
+    check_choice,
+    forced_rows,
+    record_routing,
+)
 from model.blocks.experts import EXPERT_FORMS, padded_linear
 from model.blocks.routing import switch_auxiliary_loss, top_k_of_softmax
 from model.threads import one_thread
@@ -37,7 +45,7 @@ class MoeBlock(ExpertBlock):
 
     def serve(self, hidden: Tensor, layer: int, spans: Sequence[BlockSpan], usage: ExpertUsage) -> Tensor:
         with one_thread():
-            combined, _, expert_ids = self._route(self.normed(hidden))
+            combined, _, expert_ids = self._route(self.normed(hidden), forced_rows(spans, layer))
             record_routing(usage, layer, expert_ids, spans)
             return combined
 
@@ -52,11 +60,16 @@ class MoeBlock(ExpertBlock):
             + self.experts.active_parameters(self.config.num_experts_per_tok)
         )
 
-    def _route(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _route(
+        self, normed: Tensor, forced: Sequence[tuple[slice, Tensor]] = ()
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """normed (T, H) -> mixture (T, H), router logits (T, E), expert ids (T, K)."""
         router_logits = padded_linear(normed, self.router)
         gates, expert_ids = top_k_of_softmax(
-            router_logits, self.config.num_experts_per_tok, renormalize=self.config.norm_topk_prob
+            router_logits,
+            self.config.num_experts_per_tok,
+            renormalize=self.config.norm_topk_prob,
+            forced=forced,
         )
         outputs = self.experts(normed, expert_ids)  # (T, K, H)
         return (outputs * gates.unsqueeze(-1)).sum(1), router_logits, expert_ids

@@ -3,6 +3,8 @@
 T tokens, E experts, K experts per token. Routing is float32 throughout.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -12,10 +14,22 @@ RENORMALIZE_EPS = 1e-9  # mixture-of-flows 0.2.0
 
 
 def top_k_of_softmax(
-    router_logits: Tensor, k: int, *, renormalize: bool = True, eps: float = 0.0
+    router_logits: Tensor,
+    k: int,
+    *,
+    renormalize: bool = True,
+    eps: float = 0.0,
+    forced: Sequence[tuple[slice, Tensor]] = (),
 ) -> tuple[Tensor, Tensor]:
-    """Softmax over all experts, the K largest, renormalised over them: (T, E) -> gates and ids, both (T, K)."""
-    gates, expert_ids = router_logits.softmax(-1).topk(k, dim=-1)
+    """Softmax over all experts, the K largest, renormalised over them: (T, E) -> gates and ids, both (T, K).
+
+    `forced`: rows that take the given experts (rows, K) instead of the largest.
+    """
+    probabilities = router_logits.softmax(-1)
+    gates, expert_ids = probabilities.topk(k, dim=-1)
+    for rows, ids in forced:
+        expert_ids[rows] = ids
+        gates[rows] = probabilities[rows].gather(1, expert_ids[rows])
     if renormalize:
         gates = gates / (gates.sum(-1, keepdim=True) + eps)
     return gates, expert_ids

@@ -23,6 +23,7 @@ from model.blocks.base import (
 from model.blocks.experts import EXPERT_FORMS, padded_linear
 from model.blocks.routing import switch_auxiliary_loss
 from model.errors import UnsupportedConfig
+from model.keys import Float32Array
 from model.threads import one_thread
 
 
@@ -115,4 +116,19 @@ class SomeBlock(ExpertBlock):
             scores[rows] = torch.from_numpy(found_scores)
             expert_ids[rows] = torch.from_numpy(found_ids)
             at = until
+        self._force(scores, expert_ids, host, layer, spans)
         return scores.to(queries.device), expert_ids.to(queries.device)
+
+    @staticmethod
+    def _force(
+        scores: Tensor, expert_ids: Tensor, queries: Float32Array, layer: int, spans: Sequence[BlockSpan]
+    ) -> None:
+        """Where experts are given, put them and their scores in place of those that were found."""
+        for span in spans:
+            if span.forced is None:
+                continue
+            assert span.keys is not None, "a plastic layer needs a key view"
+            ids = span.forced[layer].cpu()
+            rows = slice(span.first, span.first + len(ids))
+            expert_ids[rows] = ids
+            scores[rows] = torch.from_numpy(span.keys.score(layer, queries[rows], ids.numpy()))

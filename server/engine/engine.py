@@ -167,6 +167,7 @@ class Engine:
             trace,
             flow_steps=sequence.flow_steps,
             routed=routed,
+            forced=_forced(sequence, variant, start, count),
         )
 
     def _advance(
@@ -253,3 +254,13 @@ def _compact(by_layer: list[NDArray[np.int64]], variant: Variant) -> RoutedRows:
     """Expert ids (T, K) of each layer as (T, layers, K), in as few bytes as they fit."""
     stacked = np.stack(by_layer, axis=1)
     return stacked.astype(np.uint8 if variant.usage.counts.shape[-1] <= 256 else np.uint16)
+
+
+def _forced(
+    sequence: Sequence, variant: Variant | None, start: int, count: int
+) -> dict[int, torch.Tensor] | None:
+    """The chunk's part of the experts that the request prescribes, by layer."""
+    if sequence.forced is None or variant is None or start >= len(sequence.forced):
+        return None
+    rows = torch.from_numpy(sequence.forced[start : start + count].astype(np.int64))
+    return {layer: rows[:, i].contiguous() for i, layer in enumerate(sorted(variant.blocks))}

@@ -68,6 +68,9 @@ class Sequence:
     arrived_at: float
     flow_steps: int | None = None  # of flow-matching experts; None: the variant's own
     report: Report = Report()
+    forced: RoutedRows | None = (
+        None  # experts of the prompt's leading tokens, in place of the router's choice
+    )
     admitted_at: float | None = None
     first_token_at: float | None = None
     last_token_at: float | None = None

@@ -113,12 +113,13 @@ def _requests(
 ) -> Iterator[GenerationRequest]:
     """One request for each choice. A prompt teaches once, however many choices it has.
 
-    A prompt that is only scored teaches nothing unless the request says so: measuring must not move what it measures.
+    A prompt that is only scored or replayed teaches nothing unless the request says so: measuring must not move what
+    it measures.
     """
     request_id, tenant = exchange_of(request).request_id, caller_of(request).tenant
     default = endpoint.plasticity.default if endpoint.plasticity is not None else "off"
     mode = body.plasticity
-    if mode is None and default == "learn" and max_tokens == 0:
+    if mode is None and default == "learn" and (max_tokens == 0 or body.routed_experts is not None):
         mode = "read"
     for p, prompt in enumerate(prompts):
         for choice in range(body.n):
@@ -132,6 +133,7 @@ def _requests(
                 plasticity=mode,
                 key_version=body.key_version,
                 flow_steps=body.flow_steps,
+                routed_experts=body.routed_experts,
                 report=body.report,
             )
             repeats = choice > 0 and (mode or default) == "learn"

@@ -13,6 +13,7 @@ from server.refusals import InvalidRequest
 from server.schemas import neutral
 from server.schemas.base import Body, KeyVersion, Name, SessionId
 from server.schemas.logit_bias import LogitBias
+from server.schemas.routed_experts import RoutedExperts
 
 MAX_CHOICES = 8
 MAX_STOP_STRINGS = 4
@@ -76,6 +77,7 @@ class GenerationBody(Body):
     key_version: KeyVersion | None = None
     flow_steps: Annotated[int, Field(ge=1, le=MOST_FLOW_STEPS)] | None = None  # flow-matching experts only
     return_routed_experts: bool = False
+    routed_experts: RoutedExperts = None
 
     @model_validator(mode="after")
     def _stream_options_need_a_stream(self) -> "GenerationBody":
