@@ -45,7 +45,6 @@ def train_variant(variant: str, job: TrainingJob, data_dir: Path, device: str, t
     build(job.data, base.tokenizer, {"train": job.tokens_per_domain})
     _build_chat(base, job.data, "train", job.chat_tokens)
     windows, cache = load(job.data, "train"), job.data / "lower"
-    config = TrainingConfig(epochs=job.epochs, max_steps=job.steps, seed=job.seed)
     job.run.mkdir(parents=True, exist_ok=True)
     rate = job.learning_rates[0]
     if len(job.learning_rates) > 1:
