@@ -158,10 +158,12 @@ def record_routing(
     Rows that are written come first in a batch. Rows that are not `active` (T) are not counted.
     """
     host = expert_ids.numpy(force=True)
-    counted = np.ones(len(host), dtype=bool) if active is None else active.numpy(force=True)
+    counted = None if active is None else active.numpy(force=True)
     written = sum(span.end - span.first for span in spans if span.decode)
     for rows, decode in ((slice(0, written), True), (slice(written, None), False)):
-        usage.add(layer, host[rows][counted[rows]], decode=decode)
+        selected = host[rows] if counted is None else host[rows][counted[rows]]
+        if len(selected):
+            usage.add(layer, selected, decode=decode)
     for span in spans:
         if span.routed is not None:
             span.routed.append(host[span.first : span.end])
