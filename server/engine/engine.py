@@ -103,13 +103,13 @@ class Engine:
         token_ids: tuple[int, ...] = (),
         scores: tuple[TokenScore, ...] = (),
     ) -> None:
-        """End a sequence, give its memory back and tell its reader."""
-        self.scheduler.remove(sequence)
+        """End a sequence, give its memory back and tell its reader. Counted first: an idle engine has counted all."""
+        self.counters.finished[sequence.endpoint, reason] += 1
+        self._observe.finished(sequence.endpoint, self._clock() - sequence.arrived_at)
         if sequence.cache is not None:
             self.cache.release(sequence.cache)
             sequence.cache = None
-        self.counters.finished[sequence.endpoint, reason] += 1
-        self._observe.finished(sequence.endpoint, self._clock() - sequence.arrived_at)
+        self.scheduler.remove(sequence)
         sequence.deliver(TokenEvent(token_ids, reason, scores, routed=_taken(sequence)))
 
     def fail_running(self) -> list[Sequence]:
