@@ -10,7 +10,8 @@ class StoreCounters:
 
     updates: Mapping[
         str, int
-    ]  # windows by outcome: published, unchanged, rejected; and failed consolidations
+    ]  # windows by outcome: published, unchanged, rejected, guard_rejected; and failed consolidations
+    rollbacks: Mapping[str, int]  # by reason: admin, canary
     dropped: Mapping[str, int]  # windows by reason: queue_full, non_finite, frozen, superseded
     subscriber_failures: int
     last_update_s: float  # duration of the last consolidation that had work

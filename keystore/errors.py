@@ -6,11 +6,17 @@ KeyStoreError
 │   └── NonFiniteStatistics  NaN or infinity among queries or weights
 ├── NonFiniteQueries         a search whose inner products are NaN or infinite
 ├── KeyVersionUnavailable    unknown, thinned or expired version
+├── InvalidExperts           an expert group that does not fit: name, layer, shape, values (also a ValueError)
+├── ExpertGroupExists        the name of an expert group is taken, for ever
+├── UnknownExpertGroup       no expert group of that name
+├── WrongGroupState          an expert group that has settled or was retired already
+├── ExpertNotVisible         scores of an expert that the version does not have or hides
 ├── VersionConflict          the scope's latest version is not the one the caller named
 ├── OutOfBounds              keys outside the trust region of their anchors, or not finite
 ├── StoreCorrupted           stored bytes that contradict their sizes, checksum or audit chain
 ├── ModelMismatch            stored or imported keys belong to another model
 ├── InvalidSnapshot          a snapshot file that contradicts itself or does not fit this store
+├── CanaryFailed             keys for the global scope that harm the canary text
 ├── SnapshotExists           a snapshot would have replaced a file
 └── StoreLocked              another process has the data file open
 
@@ -45,6 +51,26 @@ class KeyVersionUnavailable(KeyStoreError):
     """The version is unknown, thinned away or expired."""
 
 
+class InvalidExperts(KeyStoreError, ValueError):
+    """A group of experts that does not fit: its name, a layer, a shape or values that are not finite."""
+
+
+class ExpertGroupExists(KeyStoreError):
+    """There was an expert group of that name; names never come back."""
+
+
+class UnknownExpertGroup(KeyStoreError):
+    """No expert group has that name."""
+
+
+class WrongGroupState(KeyStoreError):
+    """The expert group is in no state for this: promoting needs a settling one, retiring one that is not."""
+
+
+class ExpertNotVisible(KeyStoreError):
+    """An expert that the version does not have or hides."""
+
+
 class VersionConflict(KeyStoreError):
     """The latest version of the scope is not the one the caller expected."""
 
@@ -63,6 +89,10 @@ class ModelMismatch(KeyStoreError):
 
 class InvalidSnapshot(KeyStoreError):
     """A snapshot file that contradicts itself or does not fit; the message names the file and the tensor."""
+
+
+class CanaryFailed(KeyStoreError):
+    """The keys would harm everybody: the canary text fares worse with them than the guard allows."""
 
 
 class SnapshotExists(KeyStoreError):

@@ -15,19 +15,22 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from keystore.errors import InvalidSnapshot, ModelMismatch, OutOfBounds, SnapshotExists
+from keystore.errors import InvalidConfig, InvalidSnapshot, ModelMismatch, OutOfBounds, SnapshotExists
+from keystore.generations import Content, Generations, same_bits
 from keystore.gravity import check_bounds
-from keystore.projection import drift_of_layers
-from keystore.records import Float32Array, GravityConfig
-from keystore.snapshot import KeySnapshot, build_indexes, checksum_of, read_only
+from keystore.pool import ExpertPool
+from keystore.records import GravityConfig, ScopeId
+from keystore.replay import drift_of
+from keystore.snapshot import KeySnapshot, checksum_of
 from keystore.tensor_file import open_tensors
 
 FORMAT = "libration-keys-1"
 LARGEST_COUNT = 10**15
 
 
-def write_version(path: Path, snapshot: KeySnapshot, origin: KeySnapshot, gravity: GravityConfig) -> None:
-    """Write `snapshot` to `path`: there completely and durably, readable by its owner only, or not at all.
+def write_version(path: Path, snapshot: KeySnapshot, pool: ExpertPool, gravity: GravityConfig) -> None:
+    """Write `snapshot`, of the generation `pool`, to `path`: there completely and durably, readable by its owner
+    only, or not at all.
 
     Raises SnapshotExists; a full disk or a missing folder pass through as OSError.
     """
@@ -37,7 +40,7 @@ def write_version(path: Path, snapshot: KeySnapshot, origin: KeySnapshot, gravit
     os.close(descriptor)
     partial = Path(name)
     try:
-        save_file(tensors, partial, _metadata_of(snapshot, origin, gravity))
+        save_file(tensors, partial, _metadata_of(snapshot, pool, gravity))
         partial.chmod(0o600)  # learned keys derive from prompts
         _sync(partial)
         os.link(partial, path)  # unlike a rename it never replaces what is there
@@ -48,50 +51,49 @@ def write_version(path: Path, snapshot: KeySnapshot, origin: KeySnapshot, gravit
         partial.unlink()
 
 
-def read_version(path: Path, origin: KeySnapshot, gravity: GravityConfig) -> KeySnapshot:
-    """What `write_version` wrote, bit for bit, held against the anchors of `origin`; scope and reason are the
-    origin's.
+def read_version(path: Path, scope: ScopeId, generations: Generations, gravity: GravityConfig) -> KeySnapshot:
+    """What `write_version` wrote, bit for bit, held against the anchors of its generation of the expert pool and
+    lifted to the current one as `scope` sees it; the reason is the anchors'.
 
-    Raises ModelMismatch for keys of other weights; InvalidSnapshot, naming file and tensor, for whatever
-    contradicts itself, for keys past the trust radius, moved keys of a layer that is not plastic here, and
-    usage that is negative or measured otherwise. FileNotFoundError passes through.
+    Raises ModelMismatch for keys of other weights or another pool; InvalidSnapshot, naming file and tensor, for
+    whatever contradicts itself, for keys past the trust radius, moved keys of a layer that is not plastic here or
+    of a hidden expert, and usage that is negative or measured otherwise. FileNotFoundError passes through.
     """
-    shapes = {f"layers.{layer}.keys": keys.shape for layer, keys in origin.keys.items()}
-    shapes |= {f"layers.{layer}.usage": usage.shape for layer, usage in origin.usage.items()}
+    now = generations.now
+    origin = now.origin_of(scope)
     with open_tensors(path) as file:
-        _check_origin(path.name, file.metadata, origin, gravity)
-        tensors = file.read(shapes)
-    keys = {layer: tensors[f"layers.{layer}.keys"] for layer in origin.keys}
-    usage = {layer: tensors[f"layers.{layer}.usage"] for layer in origin.usage}
+        _check_format(path.name, file.metadata, gravity)
+        _check_same(path.name, file.metadata, {"model_id": origin.model_id})
+        then = generations.pool_of(_count(path.name, file.metadata, "generation", missing="0"))
+        _check_same(path.name, file.metadata, {"pool": then.digest, "anchors": checksum_of(then.keys, {})})
+        usage_shapes = {f"layers.{n}.usage": then.keys[n].shape[:1] for n in then.plastic_layers}
+        tensors = file.read({f"layers.{n}.keys": keys.shape for n, keys in then.keys.items()} | usage_shapes)
+    written_by = _scope(path.name, file.metadata)
+    content = Content(
+        keys={layer: tensors[f"layers.{layer}.keys"] for layer in then.keys},
+        usage={layer: tensors[f"layers.{layer}.usage"] for layer in then.plastic_layers},
+        visible=then.visible(written_by),
+    )
     checksum = file.metadata.get("checksum", "")
-    if checksum_of(keys, usage) != checksum:
+    if checksum_of(content.keys, content.usage, content.visible) != checksum:
         raise InvalidSnapshot(f"{path.name}: its tensors do not match its checksum {checksum[:64]!r}")
-    for layer in origin.keys.keys() - usage.keys():
-        if not np.array_equal(keys[layer].view(np.uint32), origin.keys_of(layer).view(np.uint32)):
-            raise InvalidSnapshot(
-                f"{path.name}: tensor layers.{layer}.keys has moved, and the layer is not plastic here"
-            )
-        keys[layer] = origin.keys_of(layer)
-    for layer in usage:
-        name = f"{path.name}: tensor layers.{layer}"
-        _check_layer(name, origin.keys_of(layer), keys[layer], usage[layer], gravity.trust_radius)
-    return replace(
+    lifted = now.lift(_checked(path.name, content, then, written_by, gravity.trust_radius), then, scope)
+    described = replace(
         origin,
         version=_count(path.name, file.metadata, "version"),
         tokens=_count(path.name, file.metadata, "tokens"),
-        indexes=build_indexes(keys, origin.indexes),
-        usage=read_only(usage),
-        checksum=checksum,
     )
+    return now.adopt(described, lifted, base=origin)
 
 
-def _metadata_of(snapshot: KeySnapshot, origin: KeySnapshot, gravity: GravityConfig) -> dict[str, str]:
-    plastic = {layer: snapshot.keys_of(layer) for layer in snapshot.usage}
-    drift_max, drift_mean = drift_of_layers(origin.keys, plastic, gravity.trust_radius)
+def _metadata_of(snapshot: KeySnapshot, pool: ExpertPool, gravity: GravityConfig) -> dict[str, str]:
+    drift_max, drift_mean = drift_of(snapshot, pool, gravity.trust_radius)
     return {
         "format": FORMAT,
         "model_id": snapshot.model_id,
-        "anchors": checksum_of(origin.keys, {}),
+        "anchors": checksum_of(pool.keys, {}),
+        "generation": str(pool.generation),
+        "pool": pool.digest,
         "scope": str(snapshot.scope),
         "version": str(snapshot.version),
         "parent": str(snapshot.parent or 0),
@@ -105,21 +107,21 @@ def _metadata_of(snapshot: KeySnapshot, origin: KeySnapshot, gravity: GravityCon
     }
 
 
-def _check_origin(
-    name: str, metadata: Mapping[str, str], origin: KeySnapshot, gravity: GravityConfig
-) -> None:
+def _check_format(name: str, metadata: Mapping[str, str], gravity: GravityConfig) -> None:
     if metadata.get("format") != FORMAT:
         raise InvalidSnapshot(
             f"{name} has format {metadata.get('format', 'unknown')[:40]!r}; allowed: {FORMAT!r}"
         )
-    ours = {"model_id": origin.model_id, "anchors": checksum_of(origin.keys, {})}
+    inertia = _inertia(metadata.get("gravity", ""))
+    if inertia is None or (inertia == "count") != (gravity.inertia == "count"):
+        raise InvalidSnapshot(f"{name}: usage measured with inertia {inertia!r}; here: {gravity.inertia!r}")
+
+
+def _check_same(name: str, metadata: Mapping[str, str], ours: Mapping[str, str]) -> None:
     for what, allowed in ours.items():
         given = metadata.get(what, "")[:64]
         if given != allowed:
             raise ModelMismatch(f"{name} holds keys of {what} {given!r}; allowed: {allowed!r}")
-    inertia = _inertia(metadata.get("gravity", ""))
-    if inertia is None or (inertia == "count") != (gravity.inertia == "count"):
-        raise InvalidSnapshot(f"{name}: usage measured with inertia {inertia!r}; here: {gravity.inertia!r}")
 
 
 def _inertia(gravity: str) -> str | None:
@@ -130,22 +132,41 @@ def _inertia(gravity: str) -> str | None:
     return str(constants.get("inertia"))[:20] if isinstance(constants, dict) else None
 
 
-def _count(name: str, metadata: Mapping[str, str], field: str) -> int:
-    text = metadata.get(field, "")
+def _scope(name: str, metadata: Mapping[str, str]) -> ScopeId:
+    try:
+        return ScopeId.parse(metadata.get("scope", ""))
+    except InvalidConfig as error:
+        raise InvalidSnapshot(f"{name}: {error}") from error
+
+
+def _count(name: str, metadata: Mapping[str, str], field: str, missing: str = "") -> int:
+    text = metadata.get(field, missing)
     if not (text.isascii() and text.isdigit() and len(text) <= len(str(LARGEST_COUNT))):
         raise InvalidSnapshot(f"{name}: {field} is {text[:40]!r}; allowed: 0 to {LARGEST_COUNT}")
     return int(text)
 
 
-def _check_layer(
-    name: str, anchors: Float32Array, keys: Float32Array, usage: Float32Array, trust_radius: float
-) -> None:
-    if not (np.isfinite(usage).all() and (usage >= 0).all()):
-        raise InvalidSnapshot(f"{name}.usage holds values that are negative or not finite")
-    try:
-        check_bounds(anchors, keys, trust_radius)
-    except OutOfBounds as error:
-        raise InvalidSnapshot(f"{name}.keys: {error}") from error
+def _checked(name: str, content: Content, then: ExpertPool, scope: ScopeId, trust_radius: float) -> Content:
+    """`content`, with the memory of the anchors where nothing may move."""
+    keys = dict(content.keys)
+    for layer in keys:
+        tensor = f"{name}: tensor layers.{layer}"
+        if layer not in then.plastic_layers:
+            if not same_bits(keys[layer], then.keys[layer]):
+                raise InvalidSnapshot(f"{tensor}.keys has moved, and the layer is not plastic here")
+            keys[layer] = then.keys[layer]
+            continue
+        usage, shown = content.usage[layer], content.visible.get(layer)
+        hidden = np.empty(0, np.int64) if shown is None else np.setdiff1d(np.arange(len(usage)), shown)
+        if not same_bits(keys[layer][hidden], then.keys[layer][hidden]):
+            raise InvalidSnapshot(f"{tensor}.keys has moved keys of experts that are hidden from {scope}")
+        if not (np.isfinite(usage).all() and (usage >= 0).all()):
+            raise InvalidSnapshot(f"{tensor}.usage holds values that are negative or not finite")
+        try:
+            check_bounds(then.keys[layer], keys[layer], then.radius(scope, layer, trust_radius))
+        except OutOfBounds as error:
+            raise InvalidSnapshot(f"{tensor}.keys: {error}") from error
+    return replace(content, keys=keys)
 
 
 def _sync(path: Path) -> None:

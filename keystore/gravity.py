@@ -10,9 +10,14 @@ row that nothing pushes comes back bit-identical.
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from keystore.errors import OutOfBounds
-from keystore.records import Float32Array, Float64Array, GravityConfig, Int64Array, LayerStats
+from keystore.records import Float32Array, Float64Array, GravityConfig, Int64Array
+from keystore.statistics import LayerStats
+
+BoolArray = NDArray[np.bool_]
+Radius = float | Float64Array  # of every row, or (M,) row by row
 
 STEP_BOUND = 0.5  # A + B with bonding on: a step stays a convex combination and never overshoots
 ROUNDING = 2.0**-23  # twice float32's unit roundoff
@@ -37,12 +42,16 @@ def consolidate_layer(
     num_experts_per_tok: int,
     window_tokens: int,
     learned_tokens: int,
+    radius: Float64Array | None = None,
+    movable: BoolArray | None = None,
 ) -> LayerUpdate:
     """Pull and peers from one snapshot, then repulsion or decay, then bounds, then usage.
 
     `window_tokens` is the number of tokens in `stats`, `learned_tokens` what the scope had learned before
-    them.
+    them. `radius` (M,) replaces the trust radius row by row, infinity meaning free; only `movable` rows (M,)
+    move.
     """
+    limits = np.full(len(keys), config.trust_radius) if radius is None else radius
     start = keys.astype(np.float64)
     pulled = pull(start, usage, stats, config, num_experts_per_tok)
     displaced = start + pulled
@@ -50,9 +59,10 @@ def consolidate_layer(
         displaced += dark_energy(anchors, displaced, usage, config, window_tokens)
     if config.rule == "literal":
         restore_norms(displaced, anchors, rows=np.flatnonzero(pulled.any(axis=1)))
-    moved = np.flatnonzero((displaced != start).any(axis=1))
+    may_move = (displaced != start).any(axis=1)
+    moved = np.flatnonzero(may_move if movable is None else may_move & movable)
     next_keys = keys.copy()
-    next_keys[moved] = bound_rows(anchors[moved], keys[moved], displaced[moved], config.trust_radius)
+    next_keys[moved] = bound_rows(anchors[moved], keys[moved], displaced[moved], limits[moved])
     moved = moved[(next_keys[moved].view(np.uint32) != keys[moved].view(np.uint32)).any(axis=1)]
     return LayerUpdate(
         keys=next_keys if len(moved) else keys,
@@ -112,8 +122,8 @@ def literal_pull(start: Float64Array, stats: LayerStats, query_share: Float64Arr
 
 
 def credit_pull(stats: LayerStats, rates: Float64Array) -> Float64Array:
-    """alpha_i S_i / n_i, the weights being credit. No -k term: a key moves only where credit points."""
-    return rates[:, None] * stats.weighted_queries / np.maximum(stats.events, 1)[:, None]
+    """alpha_i S_i / n_i over the tokens that gave credit. No -k term: a key moves only where credit points."""
+    return rates[:, None] * stats.weighted_queries / np.maximum(stats.credited, 1)[:, None]
 
 
 def bonding_share(
@@ -173,21 +183,21 @@ def restore_norms(keys: Float64Array, anchors: Float32Array, rows: Int64Array) -
 
 
 def bound_rows(
-    anchors: Float32Array, start: Float32Array, displaced: Float64Array, trust_radius: float
+    anchors: Float32Array, start: Float32Array, displaced: Float64Array, trust_radius: Radius
 ) -> Float32Array:
     """`displaced` rounded to float32 inside |k - k0| <= trust_radius |k0|; a row that overflows stays at
-    `start`.
+    `start`. An infinite radius leaves a row free.
 
     The ball is shrunk by float32's rounding of the row first, so that the rounded key is inside too.
     """
-    anchor_norms = _norms(anchors)
-    limits = trust_radius * anchor_norms
-    targets = limits - ROUNDING * (anchor_norms + limits)
+    limits = _limits(anchors, trust_radius)
+    bound = np.where(np.isinf(limits), 0.0, limits)
+    targets = np.where(np.isinf(limits), np.inf, bound - ROUNDING * (_norms(anchors) + bound))
     home = anchors.astype(np.float64)
     offsets = displaced - home
     distances = _norms(offsets)
     outside = distances > targets
-    scale = np.where(outside, np.maximum(targets, 0.0) / np.where(outside, distances, 1.0), 1.0)
+    scale = np.maximum(np.where(outside, targets, 1.0), 0.0) / np.where(outside, distances, 1.0)
     placed = np.where(outside[:, None], home + scale[:, None] * offsets, displaced)
     with np.errstate(over="ignore"):
         rounded = placed.astype(np.float32)
@@ -198,18 +208,19 @@ def bound_rows(
     return rounded
 
 
-def check_bounds(anchors: Float32Array, keys: Float32Array, trust_radius: float) -> None:
-    """Every adopter of a version calls this.
+def check_bounds(anchors: Float32Array, keys: Float32Array, trust_radius: Radius) -> None:
+    """Every adopter of a version calls this; an infinite radius leaves a row free.
 
     Raises OutOfBounds on a non-finite key or one past the trust radius.
     """
     if not np.isfinite(keys).all():
         raise OutOfBounds("keys hold NaN or infinity; allowed: finite float32 values")
-    limits = trust_radius * _norms(anchors)
+    limits = _limits(anchors, trust_radius)
     outside = np.flatnonzero(_norms(keys.astype(np.float64) - anchors) > limits)
     if len(outside):
+        allowed = np.broadcast_to(trust_radius, len(keys))[outside[0]]
         raise OutOfBounds(
-            f"{len(outside)} keys, expert {outside[0]} first, lie further than {trust_radius} |k0| from home"
+            f"{len(outside)} keys, expert {outside[0]} first, lie further than {allowed:g} |k0| from home"
         )
 
 
@@ -243,12 +254,15 @@ def advance_usage(
     return (keep * usage + (1.0 - keep) * load).astype(np.float32)
 
 
-def credit_weights(raw_credit: Float32Array, clamp: float) -> Float32Array:
-    """Raw credit of one layer and window (T, K) over its mean |c|, clamped to +-`clamp`; all-zero credit
-    stays zero.
+def credit_weights(raw_credit: Float32Array, clamp: float, selected: int | None = None) -> Float32Array:
+    """Raw credit of one layer and window (T, C) over the mean |c| of its first `selected` columns (None: all),
+    clamped to +-`clamp`.
+
+    The mean is that of the selected experts, so that asking about more candidates leaves their weights alone.
+    All-zero credit stays zero.
     """
     credit = raw_credit.astype(np.float64)
-    mean = np.abs(credit).mean() if credit.size else 0.0
+    mean = np.abs(credit[:, :selected]).mean() if credit.size else 0.0
     if mean == 0.0:
         return np.zeros_like(raw_credit)
     return np.clip(credit / mean, -clamp, clamp).astype(np.float32)
@@ -259,6 +273,12 @@ def scale_queries(queries: Float32Array, target_norm: float) -> Float32Array:
     wide = queries.astype(np.float64)
     norms = _norms(wide)[:, None]
     return np.divide(wide * target_norm, norms, out=np.zeros_like(wide), where=norms != 0).astype(np.float32)
+
+
+def _limits(anchors: Float32Array, trust_radius: Radius) -> Float64Array:
+    """How far each row may be from home; a free row of zero length is free all the same."""
+    radii = np.broadcast_to(np.asarray(trust_radius, np.float64), len(anchors))
+    return np.where(np.isinf(radii), np.inf, np.where(np.isinf(radii), 0.0, radii) * _norms(anchors))
 
 
 def _norms(rows: Float32Array | Float64Array) -> Float64Array:

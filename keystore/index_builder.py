@@ -17,6 +17,7 @@ import numpy as np
 from keystore.index import BuildStopped, InvertedLists, KeyIndex
 from keystore.large_index import Base, LargeKeyIndex, Overlay, changed_rows
 from keystore.records import Float32Array, Int64Array
+from keystore.visible_index import SearchIndex
 
 MIN_RECALL = 0.98  # sampled; below, lists are built anew
 BUILD_RECALL = 0.99  # what a build must reach on its sample, by probing more lists
@@ -24,8 +25,6 @@ SAMPLE_EVERY = 64  # searches: one query of every so many is kept
 SAMPLE_QUERIES = 64
 UNSAMPLED_K = 8
 MAX_SAMPLED_K = 64  # larger searches are people's, not the router's
-
-SearchIndex = KeyIndex | LargeKeyIndex
 
 logger = logging.getLogger(__name__)
 

@@ -3,13 +3,14 @@
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-from keystore.records import RoutingStats, ScopeId
+from keystore.records import ScopeId
+from keystore.statistics import RoutingStats
 
-DropReason = Literal["queue_full", "non_finite", "frozen", "superseded"]
+DropReason = Literal["queue_full", "non_finite", "frozen", "superseded", "credit_behind", "credit_failed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +19,7 @@ class PendingWindow:
 
     stats: RoutingStats
     submitted_at_s: float  # monotonic
+    done: Callable[[], None] | None = None  # called once it has been learned, or never will be
 
 
 class Intake:
@@ -27,17 +29,15 @@ class Intake:
         self._capacity = capacity
         self._windows: deque[PendingWindow] = deque()
         self._changed = threading.Condition()
-        self._dropped: Counter[str] = Counter(
-            {"queue_full": 0, "non_finite": 0, "frozen": 0, "superseded": 0}
-        )
+        self._dropped: Counter[str] = Counter(dict.fromkeys(get_args(DropReason), 0))
 
-    def put(self, stats: RoutingStats) -> bool:
+    def put(self, stats: RoutingStats, done: Callable[[], None] | None = None) -> bool:
         """Append a window; False and counted when the queue is full."""
         with self._changed:
             if len(self._windows) >= self._capacity:
                 self._dropped["queue_full"] += 1
                 return False
-            self._windows.append(PendingWindow(stats, time.monotonic()))
+            self._windows.append(PendingWindow(stats, time.monotonic(), done))
             self._changed.notify_all()
             return True
 
@@ -46,12 +46,12 @@ class Intake:
         with self._changed:
             self._dropped[reason] += windows
 
-    def take_all(self) -> list[PendingWindow]:
-        """Everything waiting, oldest first."""
+    def take_all(self, of: Callable[[ScopeId], bool]) -> list[PendingWindow]:
+        """Everything waiting of the scopes asked for, oldest first."""
         with self._changed:
-            windows = list(self._windows)
-            self._windows.clear()
-            return windows
+            taken = [window for window in self._windows if of(window.stats.scope)]
+            self._windows = deque(window for window in self._windows if not of(window.stats.scope))
+            return taken
 
     def give_back(self, windows: Sequence[PendingWindow]) -> None:
         """Put windows back in front, past the capacity if need be: they were accepted once."""
@@ -60,10 +60,9 @@ class Intake:
 
     def discard(self, scope: ScopeId) -> None:
         """Drop a scope's waiting windows: they were learned on keys that a rollback has just replaced."""
-        with self._changed:
-            kept = [window for window in self._windows if window.stats.scope != scope]
-            self._dropped["superseded"] += len(self._windows) - len(kept)
-            self._windows = deque(kept)
+        superseded = self.take_all(lambda of: of == scope)
+        self.count_dropped("superseded", len(superseded))
+        tell_done(superseded)
 
     def wait(self, timeout_s: float) -> bool:
         """Sleep until a window waits, `wake` is called or the time is up; True when a window waits."""
@@ -87,3 +86,10 @@ class Intake:
         with self._changed:
             oldest = self._windows[0].submitted_at_s if self._windows else None
             return len(self._windows), 0.0 if oldest is None else time.monotonic() - oldest
+
+
+def tell_done(windows: Sequence[PendingWindow]) -> None:
+    """Tell whoever waits for them that these windows are through."""
+    for window in windows:
+        if window.done is not None:
+            window.done()

@@ -114,6 +114,8 @@ class LargeKeyIndex:
 
 
 def changed_rows(before: Float32Array, after: Float32Array) -> Int64Array:
-    """Rising ids of the rows whose bits differ."""
-    differs = (before.view(np.uint32) != after.view(np.uint32)).any(axis=1)
+    """Rising ids of the rows of `after` whose bits differ or that `before` does not have."""
+    both = min(len(before), len(after))
+    differs = np.ones(len(after), bool)
+    differs[:both] = (before[:both].view(np.uint32) != after[:both].view(np.uint32)).any(axis=1)
     return np.flatnonzero(differs).astype(np.int64)

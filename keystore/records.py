@@ -1,42 +1,39 @@
-"""What travels through the key store: who learns (ScopeId), how (GravityConfig) and from what (RoutingStats).
+"""Who learns (ScopeId) and how (GravityConfig), and the arrays that the key store is made of.
 
 Knows nothing about keys, versions or storage.
 """
 
-# T tokens, K experts per token (or credit candidates), M experts of a layer, D key dimensions
-
 import math
 import unicodedata
-from collections.abc import Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from keystore.errors import InvalidConfig, InvalidStatistics, NonFiniteStatistics
+from keystore.errors import InvalidConfig
 
 Float32Array = NDArray[np.float32]
 Float64Array = NDArray[np.float64]
 Int64Array = NDArray[np.int64]
 
-ScopeKind = Literal["anchor", "tenant", "session"]
-Rule = Literal["literal", "direct"]
+ScopeKind = Literal["anchor", "global", "tenant", "session"]
+Rule = Literal["literal", "direct", "gradient"]
 Inertia = Literal["ema", "count", "none"]
 DarkEnergy = Literal["decay", "decay_to_zero", "repulsion", "none"]
+SessionEviction = Literal["save", "discard"]  # what becomes of the session used longest ago, above the cap
 
 MAX_NAME_CHARS = 128
-TOKENS_PER_CHUNK = 1024  # bounds the float64 scratch of from_tokens to 1024 * K * D * 8 bytes
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class ScopeId:
-    """Who the keys learn from: everyone (anchor), one API key (tenant) or one conversation (session).
+    """Who the keys learn from: nobody (anchor), everybody (global), one API key (tenant) or one conversation
+    (session).
 
-    `str()` gives "anchor", "tenant:default", "session:default/abc"; `parse` reads it back. Tenant names hold
-    no "/". Raises InvalidConfig on a name that is empty, too long, has control characters or space at an
-    edge.
+    `str()` gives "anchor", "global", "tenant:default", "session:default/abc"; `parse` reads it back. Tenant
+    names hold no "/". Raises InvalidConfig on a name that is empty, too long, has control characters or space
+    at an edge.
     """
 
     kind: ScopeKind
@@ -45,10 +42,11 @@ class ScopeId:
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(ScopeKind):
-            raise InvalidConfig("scope kind", self.kind, "anchor, tenant or session")
-        if self.kind == "anchor":
+            raise InvalidConfig("scope kind", self.kind, "anchor, global, tenant or session")
+        if self.kind in ("anchor", "global"):
             if self.tenant or self.session is not None:
-                raise InvalidConfig("anchor scope", (self.tenant, self.session), "no tenant and no session")
+                named = (self.tenant, self.session)
+                raise InvalidConfig(f"{self.kind} scope", named, "no tenant and no session")
             return
         _check_name("tenant", self.tenant)
         if "/" in self.tenant:
@@ -59,8 +57,8 @@ class ScopeId:
             raise InvalidConfig("session of a tenant scope", self.session, "None")
 
     def __str__(self) -> str:
-        if self.kind == "anchor":
-            return "anchor"
+        if self.kind in ("anchor", "global"):
+            return self.kind
         return f"tenant:{self.tenant}" if self.kind == "tenant" else f"session:{self.tenant}/{self.session}"
 
     @classmethod
@@ -68,13 +66,15 @@ class ScopeId:
         """Inverse of `str()`. Raises InvalidConfig."""
         if text == "anchor":
             return cls("anchor")
+        if text == "global":
+            return cls("global")
         kind, _, name = text.partition(":")
         if kind == "tenant":
             return cls("tenant", name)
         tenant, slash, session = name.partition("/")
         if kind == "session" and slash:
             return cls("session", tenant, session)
-        raise InvalidConfig("scope", text[:200], "'anchor', 'tenant:NAME' or 'session:TENANT/NAME'")
+        raise InvalidConfig("scope", text[:200], "'anchor', 'global', 'tenant:NAME' or 'session:TENANT/NAME'")
 
     @property
     def parent(self) -> "ScopeId | None":
@@ -111,8 +111,13 @@ class GravityConfig:
     dark_energy: DarkEnergy = "decay"
     repulsion_rate: float = 0.0  # push per T0 tokens, as a fraction of the anchor's norm
     trust_radius: float = 0.2  # |k - k0| <= trust_radius * |k0|
+    global_trust_radius: float = 0.05  # the same for the scope that everybody reads and teaches
     window_tokens: int = 256
     credit_clamp: float = 3.0
+    credit_candidates: int = 16  # how many experts earn credit for a token, the selected first; 0 = all
+    settling_warmup_tokens: int = 2048  # tokens that speak for an address before a new expert takes it
+    settling_ridge: float = 0.03  # of the mean eigenvalue of the queries' second moments
+    settling_halflife_tokens: int = 0  # 0: what new experts were worth to old tokens is never forgotten
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -126,11 +131,24 @@ class GravityConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not (math.isfinite(value) and low <= value <= high):
                 raise InvalidConfig(name, value, f"a number from {low:g} to {high:g}")
-        for name in ("decay_window_tokens", "usage_halflife_tokens", "warmup_tokens", "window_tokens"):
+        for name in _WHOLE_NUMBERS:
             if not isinstance(getattr(self, name), int):
-                raise InvalidConfig(name, getattr(self, name), "a whole number of tokens")
+                raise InvalidConfig(name, getattr(self, name), "a whole number")
+
+    def for_scope(self, scope: ScopeId) -> "GravityConfig":
+        """The law as it binds one scope: what everybody teaches stays within a radius of its own."""
+        return replace(self, trust_radius=self.global_trust_radius) if scope.kind == "global" else self
 
 
+_WHOLE_NUMBERS = (
+    "decay_window_tokens",
+    "usage_halflife_tokens",
+    "warmup_tokens",
+    "window_tokens",
+    "credit_candidates",
+    "settling_warmup_tokens",
+    "settling_halflife_tokens",
+)
 _RANGES = (
     ("plasticity_rate", 0.0, 1.0),
     ("bonding_rate", 0.0, 1.0),
@@ -141,137 +159,11 @@ _RANGES = (
     ("warmup_tokens", 0, 1e15),
     ("repulsion_rate", 0.0, 1.0),
     ("trust_radius", 0.0, 100.0),
+    ("global_trust_radius", 0.0, 100.0),
     ("window_tokens", 1, 1e9),
     ("credit_clamp", 1e-6, 1e6),
+    ("credit_candidates", 0, 1e6),
+    ("settling_warmup_tokens", 0, 1e12),
+    ("settling_ridge", 1e-9, 1e3),
+    ("settling_halflife_tokens", 0, 1e12),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class TokenTrace:
-    """One layer's routing of T tokens. `weights` None means 1 for every event (the literal rule)."""
-
-    expert_ids: Int64Array  # (T, K)
-    queries: Float32Array  # (T, D), scaled to the anchors' norm by the caller for the direct rule
-    weights: Float32Array | None  # (T, K)
-    num_experts: int
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class LayerStats:
-    """Sufficient statistics of one layer and window: sums, so they merge by addition in any order.
-
-    Sums are kept in float64: a float32 query times a float32 weight is exact there, so that the order of
-    addition disappears when the keys are rounded to float32.
-    """
-
-    events: Int64Array  # n (M,), number of tokens that selected expert i
-    weighted_queries: Float64Array  # S (M, D), sum_t w_ti q_t
-    weights: Float64Array  # W (M,), sum_t w_ti
-    coactivation: Int64Array | None  # C (M, M) with a zero diagonal; None when bonding is off
-
-    @classmethod
-    def from_tokens(cls, trace: TokenTrace, *, coactivation: bool = False) -> "LayerStats":
-        """Sums of one trace. Raises InvalidStatistics, NonFiniteStatistics."""
-        _check_trace(trace)
-        experts = trace.num_experts
-        sums = np.zeros((experts, trace.queries.shape[1]))
-        with np.errstate(invalid="ignore"):  # infinity times zero is reported below
-            for first in range(0, len(trace.queries), TOKENS_PER_CHUNK):
-                _add_weighted_queries(sums, trace, slice(first, first + TOKENS_PER_CHUNK))
-        flat_ids = trace.expert_ids.ravel()
-        flat_weights = None if trace.weights is None else trace.weights.ravel()
-        weights = np.bincount(flat_ids, weights=flat_weights, minlength=experts).astype(np.float64)
-        if not (np.isfinite(sums).all() and np.isfinite(weights).all()):
-            raise NonFiniteStatistics(
-                "queries or weights hold NaN or infinity; allowed: finite float32 values"
-            )
-        events = np.bincount(flat_ids, minlength=experts).astype(np.int64)
-        return cls(events, sums, weights, _count_pairs(trace) if coactivation else None)
-
-    def merge(self, other: "LayerStats") -> "LayerStats":
-        """Sum of two disjoint sets of tokens. Raises InvalidStatistics when the shapes differ."""
-        mine, theirs = self.coactivation, other.coactivation
-        if self.weighted_queries.shape != other.weighted_queries.shape or (mine is None) != (theirs is None):
-            raise InvalidStatistics("cannot merge layer statistics of different shape or bonding")
-        return LayerStats(
-            self.events + other.events,
-            self.weighted_queries + other.weighted_queries,
-            self.weights + other.weights,
-            None if mine is None or theirs is None else mine + theirs,
-        )
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class RoutingStats:
-    """What one window of tokens taught one scope, layer by layer."""
-
-    scope: ScopeId
-    tokens: int
-    layers: Mapping[int, LayerStats]
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether every weighted sum is a number; `from_tokens` makes no other."""
-        return all(bool(np.isfinite(sums.weighted_queries).all()) for sums in self.layers.values())
-
-    @classmethod
-    def from_tokens(
-        cls, scope: ScopeId, traces: Mapping[int, TokenTrace], *, coactivation: bool = False
-    ) -> "RoutingStats":
-        """Statistics of the same T tokens in several layers.
-
-        Raises InvalidStatistics, NonFiniteStatistics.
-        """
-        lengths = {len(trace.queries) for trace in traces.values()}
-        if len(lengths) > 1:
-            raise InvalidStatistics(
-                f"layers saw {sorted(lengths)} tokens; allowed: the same tokens in every layer"
-            )
-        layers = {
-            layer: LayerStats.from_tokens(trace, coactivation=coactivation) for layer, trace in traces.items()
-        }
-        return cls(scope, lengths.pop() if lengths else 0, MappingProxyType(layers))
-
-    def merge(self, other: "RoutingStats") -> "RoutingStats":
-        """Statistics of both sets of tokens. Raises InvalidStatistics for another scope or other layers."""
-        if self.scope != other.scope or self.layers.keys() != other.layers.keys():
-            raise InvalidStatistics(
-                f"cannot merge statistics of {self.scope} and {other.scope} or of other layers"
-            )
-        layers = {layer: mine.merge(other.layers[layer]) for layer, mine in self.layers.items()}
-        return RoutingStats(self.scope, self.tokens + other.tokens, MappingProxyType(layers))
-
-
-def _check_trace(trace: TokenTrace) -> None:
-    ids, queries = trace.expert_ids, trace.queries
-    if ids.ndim != 2 or queries.ndim != 2 or len(ids) != len(queries):
-        raise InvalidStatistics(
-            f"expert_ids {ids.shape} and queries {queries.shape}; allowed: (T, K) and (T, D)"
-        )
-    if trace.weights is not None and trace.weights.shape != ids.shape:
-        raise InvalidStatistics(
-            f"weights {trace.weights.shape}; allowed: the shape of expert_ids {ids.shape}"
-        )
-    if ids.size and not (ids.min() >= 0 and ids.max() < trace.num_experts):
-        raise InvalidStatistics(f"expert ids {ids.min()}..{ids.max()}; allowed: 0..{trace.num_experts - 1}")
-
-
-def _add_weighted_queries(sums: Float64Array, trace: TokenTrace, tokens: slice) -> None:
-    ids = trace.expert_ids[tokens]
-    if not ids.size:
-        return
-    order = np.argsort(ids, axis=None, kind="stable")
-    sorted_ids = ids.ravel()[order]
-    events = trace.queries[tokens].astype(np.float64)[order // ids.shape[1]]  # (T*K, D)
-    if trace.weights is not None:
-        events *= trace.weights[tokens].ravel()[order, None]
-    starts = np.flatnonzero(np.diff(sorted_ids, prepend=-1))
-    sums[sorted_ids[starts]] += np.add.reduceat(events, starts, axis=0)
-
-
-def _count_pairs(trace: TokenTrace) -> Int64Array:
-    ids, experts = trace.expert_ids, trace.num_experts
-    pairs = (ids[:, :, None] * experts + ids[:, None, :]).ravel()  # (T*K*K,)
-    counts = np.bincount(pairs, minlength=experts * experts).reshape(experts, experts).astype(np.int64)
-    np.fill_diagonal(counts, 0)
-    return counts

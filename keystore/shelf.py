@@ -9,10 +9,12 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 from keystore.backends.base import ScopeHead
 from keystore.errors import KeyVersionUnavailable
 from keystore.records import Float32Array, ScopeId
+from keystore.settling import SettlingState
 from keystore.snapshot import KeySnapshot
 
 
@@ -21,7 +23,7 @@ class ScopeHistory:
     key.
     """
 
-    __slots__ = ("latest", "pinned", "recent", "tokens", "usage")
+    __slots__ = ("latest", "pinned", "recent", "settling", "tokens", "usage")
 
     def __init__(self, latest: KeySnapshot) -> None:
         self.recent: OrderedDict[int, KeySnapshot] = OrderedDict()
@@ -29,6 +31,7 @@ class ScopeHistory:
         self.latest = latest
         self.usage: Mapping[int, Float32Array] = latest.usage
         self.tokens = latest.tokens
+        self.settling: Mapping[int, SettlingState] | None = None  # None: as the backend has it
 
     def remember(self, snapshot: KeySnapshot, capacity: int) -> None:
         self.pinned[snapshot.version] = snapshot
@@ -47,20 +50,26 @@ class ShelfLimits:
 
 
 class VersionShelf:
-    """Thread-safe. `origin` is version 0; `load` reads a stored version; `heads` says what is stored."""
+    """Thread-safe. `origin_of` is version 0; `load` reads a stored version; `heads` says what is stored.
+
+    All that is at hand is of one generation of the expert pool; what was loaded in another is loaded again.
+    """
 
     def __init__(
         self,
-        origin: KeySnapshot,
+        origin_of: Callable[[ScopeId], KeySnapshot],
+        generation: int,
         heads: Sequence[ScopeHead],
         load: Callable[[ScopeId, int], KeySnapshot],
         limits: ShelfLimits,
         clock: Callable[[], float],
     ) -> None:
-        self._origin, self._load, self._limits, self._clock = origin, load, limits, clock
+        self._origin_of, self._load, self._limits, self._clock = origin_of, load, limits, clock
+        self._generation = generation
         self._lock = threading.Lock()
         self._heads = {head.scope: head for head in heads}
-        self._used_at = {head.scope: head.created_at for head in heads if head.scope.kind == "session"}
+        by_age = sorted(heads, key=lambda head: head.created_at)
+        self._used_at = {head.scope: head.created_at for head in by_age if head.scope.kind == "session"}
         self._standing: dict[ScopeId, ScopeHistory] = {}
         self._sessions: OrderedDict[ScopeId, ScopeHistory] = OrderedDict()
 
@@ -74,14 +83,18 @@ class VersionShelf:
         loaded = ScopeHistory(self._load(scope, head.version))
         with self._lock:
             known = self._live(scope)
-            return known if known is not None else self._admit(scope, loaded)
+            if known is not None:
+                return known
+            if loaded.latest.generation == self._generation:
+                return self._admit(scope, loaded)
+        return self.history(scope)
 
     def latest(self, scope: ScopeId) -> KeySnapshot:
         """The scope's latest version, or its parent's before its first own one."""
         own = self.history(scope)
         if own is not None:
             return own.latest
-        return self.latest(scope.parent) if scope.parent else self._origin_of(scope)
+        return self.latest(scope.parent) if scope.parent else self._standing_origin(scope)
 
     def find(self, scope: ScopeId, version: int) -> KeySnapshot:
         """Any version; one from before a session's fork is its tenant's. Raises KeyVersionUnavailable."""
@@ -97,28 +110,58 @@ class VersionShelf:
 
     def publish(self, snapshot: KeySnapshot) -> None:
         """Make `snapshot` its scope's latest; usage and tokens go on from there."""
-        scope, version = snapshot.scope, snapshot.version
+        scope = snapshot.scope
         with self._lock:
             history = self._live(scope) or self._admit(scope, ScopeHistory(snapshot))
             history.latest, history.usage, history.tokens = snapshot, snapshot.usage, snapshot.tokens
             history.remember(snapshot, self._limits.versions_per_scope)
-            old = self._heads.get(scope)
-            first = old or ScopeHead(scope, version, snapshot.parent or 0, version, snapshot.created_at)
-            self._heads[scope] = replace(first, version=version, created_at=snapshot.created_at)
+            self._move_head(snapshot)
 
-    def carry(self, scope: ScopeId, usage: Mapping[int, Float32Array], tokens: int) -> None:
-        """Usage and tokens of a window that moved no key; volatile until the next version."""
+    def in_memory(self) -> list[tuple[ScopeId, ScopeHistory]]:
+        """Every scope that is in memory, the session used longest ago first."""
+        with self._lock:
+            return [*self._standing.items(), *self._sessions.items()]
+
+    def turn(self, generation: int, histories: Mapping[ScopeId, ScopeHistory]) -> None:
+        """Go on in another generation of the expert pool with these in memory and nothing else.
+
+        A latest version that is newer than what is stored was committed just now.
+        """
+        with self._lock:
+            self._generation = generation
+            self._standing = {}
+            self._sessions = OrderedDict()
+            for scope, history in histories.items():
+                history.remember(history.latest, self._limits.versions_per_scope)
+                (self._sessions if scope.kind == "session" else self._standing)[scope] = history
+                if history.latest.version:
+                    self._move_head(history.latest)
+
+    def carry(
+        self,
+        scope: ScopeId,
+        usage: Mapping[int, Float32Array],
+        tokens: int,
+        settling: Mapping[int, SettlingState],
+    ) -> None:
+        """What a window that moved no key taught; volatile until the next version."""
         with self._lock:
             history = self._live(scope)
             if history is None and scope.kind != "session":
                 history = self._admit(scope, ScopeHistory(self._stamp_origin(scope)))
             if history is not None:
-                history.usage, history.tokens = usage, tokens
+                history.usage, history.tokens, history.settling = usage, tokens, settling
 
     def idle_sessions(self, unused_since: float) -> list[ScopeId]:
         """Stored sessions nobody viewed or taught since that time."""
         with self._lock:
             return [scope for scope, used_at in self._used_at.items() if used_at < unused_since]
+
+    def excess_sessions(self) -> list[ScopeId]:
+        """Stored sessions beyond what memory holds, used longest ago first."""
+        with self._lock:
+            excess = max(0, len(self._used_at) - self._limits.sessions)
+            return list(islice(self._used_at, excess))
 
     def forget(self, scope: ScopeId) -> None:
         """Drop a deleted session."""
@@ -149,7 +192,7 @@ class VersionShelf:
         if history is not None:
             self._sessions.move_to_end(scope)
         if history is not None or scope in self._heads:
-            self._used_at[scope] = self._clock()
+            self._note_use(scope)
         return history
 
     def _admit(self, scope: ScopeId, history: ScopeHistory) -> ScopeHistory:
@@ -158,12 +201,24 @@ class VersionShelf:
             self._standing[scope] = history
             return history
         self._sessions[scope] = history
-        self._used_at[scope] = self._clock()
+        self._note_use(scope)
         while len(self._sessions) > self._limits.sessions:
             self._sessions.popitem(last=False)
         return history
 
-    def _origin_of(self, scope: ScopeId) -> KeySnapshot:
+    def _note_use(self, session: ScopeId) -> None:
+        self._used_at.pop(session, None)  # so that the dictionary stays in the order of use
+        self._used_at[session] = self._clock()
+
+    def _move_head(self, latest: KeySnapshot) -> None:
+        scope, version = latest.scope, latest.version
+        old = self._heads.get(scope)
+        if old is not None and old.version == version:
+            return
+        first, parent = (old.first_version, old.forked_from) if old else (version, latest.parent or 0)
+        self._heads[scope] = ScopeHead(scope, first, parent, version, latest.created_at, latest.generation)
+
+    def _standing_origin(self, scope: ScopeId) -> KeySnapshot:
         with self._lock:
             history = self._standing.get(scope)
             if history is None:
@@ -171,7 +226,7 @@ class VersionShelf:
             return history.latest
 
     def _stamp_origin(self, scope: ScopeId) -> KeySnapshot:
-        return replace(self._origin, scope=scope)
+        return replace(self._origin_of(scope), scope=scope)
 
     def _find_origin(self, scope: ScopeId, version: int) -> KeySnapshot:
         if version != 0:
@@ -187,4 +242,6 @@ class VersionShelf:
         loaded = self._load(scope, version)
         with self._lock:
             live = self._live(scope)
-            return live.pinned.setdefault(version, loaded) if live else loaded
+            if live is None or loaded.generation != self._generation:
+                return loaded
+            return live.pinned.setdefault(version, loaded)

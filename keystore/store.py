@@ -5,36 +5,43 @@ waits). One lock orders everything that changes versions; reading one never take
 or HTTP.
 """
 
-import logging
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from keystore.backends.base import EVERY_SCOPE, Backend, VersionRecord, VersionRow
+from keystore.backends.base import EVERY_SCOPE, Backend, PoolEvent, VersionRow
+from keystore.canary import CanaryReading, Guard
+from keystore.consolidation import Consolidation
 from keystore.counters import StoreCounters
-from keystore.errors import InvalidConfig, KeyStoreError, VersionConflict
+from keystore.errors import (
+    CanaryFailed,
+    InvalidConfig,
+    WrongGroupState,
+)
 from keystore.export import read_version, write_version
 from keystore.index_builder import IndexBuilder
-from keystore.intake import DropReason, Intake, PendingWindow
-from keystore.learning import Learner, Progress, create_origin
-from keystore.records import Float32Array, GravityConfig, RoutingStats, ScopeId
-from keystore.replay import rebuild, record_of
-from keystore.shelf import ShelfLimits, VersionShelf
+from keystore.intake import DropReason, Intake
+from keystore.learning import Learner, create_origin
+from keystore.ledger import Ledger
+from keystore.pool import ExpertGroup
+from keystore.records import Float32Array, GravityConfig, Int64Array, ScopeId, SessionEviction
+from keystore.settling_watch import LayerSettling
+from keystore.shelf import ShelfLimits
 from keystore.snapshot import KeySnapshot
-
-CHECKPOINT_EVERY = 16
-
-logger = logging.getLogger(__name__)
+from keystore.statistics import RoutingStats
+from keystore.subscribers import Subscribers
 
 
 class KeyStore:
     """Thread-safe. Raises InvalidConfig, ModelMismatch on creation.
 
     `anchors` are copied; only `plastic_layers` ever move. A layer of more than `exact_limit` keys is searched
-    through inverted lists. `close` closes `backend` too; a creation that fails leaves it to the caller.
+    through inverted lists. Above `max_sessions` the session used longest ago leaves memory and, with
+    `session_eviction` "discard", the disk. With a `guard`, the global scope publishes nothing that fails the canary, and
+    tenants that fail it are rolled back. `close` closes `backend` too; a creation that fails leaves it to the
+    caller.
     """
 
     def __init__(
@@ -52,7 +59,9 @@ class KeyStore:
         versions_on_disk: int = 64,
         max_sessions: int = 1024,
         session_ttl_s: float = 86_400.0,
+        session_eviction: SessionEviction = "save",
         exact_limit: int = 16_384,
+        guard: Guard | None = None,
     ) -> None:
         if not set(plastic_layers) <= anchors.keys():
             raise InvalidConfig("plastic_layers", sorted(plastic_layers), f"some of {sorted(anchors)}")
@@ -69,32 +78,47 @@ class KeyStore:
             if not value > 0:
                 raise InvalidConfig(name, value, "more than 0")
         self.gravity = gravity
-        self._backend, self._clock = backend, clock
+        self._backend, self._clock, self._guard = backend, clock, guard
         self._versions_on_disk, self._session_ttl_s = versions_on_disk, session_ttl_s
+        self._session_eviction: SessionEviction = session_eviction
         self._index_builder = IndexBuilder(exact_limit)
-        self._origin = create_origin(model_id, anchors, gravity, plastic_layers, self._index_builder, clock())
-        self._learner = Learner(self._origin, gravity, num_experts_per_tok)
+        origin = create_origin(model_id, anchors, gravity, plastic_layers, self._index_builder, clock())
+        in_memory = ShelfLimits(versions_in_memory, max_sessions)
         try:
-            backend.adopt_model(model_id, self._origin.checksum)
+            backend.adopt_model(model_id, origin.checksum)
+            self._ledger = Ledger(origin, gravity, backend, in_memory, clock)
         except BaseException:
             self._index_builder.close()
             raise
-        in_memory = ShelfLimits(versions_in_memory, max_sessions)
-        self._shelf = VersionShelf(self._origin, backend.heads(), self._load, in_memory, clock)
+        self._shelf = self._ledger.shelf
         self._intake = Intake(queue_size)
         self._frozen = backend.frozen()
-        self._session_floor = backend.session_floor()
         self._writing = threading.RLock()
-        self._subscribers: dict[object, Callable[[KeySnapshot], None]] = {}
-        self._updates: Counter[str] = Counter({"published": 0, "unchanged": 0, "rejected": 0, "failed": 0})
-        self._subscriber_failures = 0
-        self._last_update_s = self._lag_s = 0.0
-        self.last_error: BaseException | None = None
+        self._subscribers = Subscribers[KeySnapshot]()
+        self._deleted = Subscribers[ScopeId]()
+        self._admin_rollbacks = 0
+        self._consolidation = Consolidation(
+            self._ledger,
+            Learner(self._ledger.pool, gravity, num_experts_per_tok),
+            self._intake,
+            backend,
+            guard,
+            clock,
+            writing=self._writing,
+            is_frozen=self.is_frozen,
+            publish=self._after_publishing,
+            return_to=self._publish_content,
+        )
 
     @property
     def degraded(self) -> bool:
         """True from a failed consolidation until the next that succeeds."""
         return self.last_error is not None
+
+    @property
+    def last_error(self) -> BaseException | None:
+        """What failed since the last consolidation that succeeded."""
+        return self._consolidation.last_error
 
     def view(self, scope: ScopeId, version: int | None = None) -> KeySnapshot:
         """The latest version of a scope, or a given one; 0 is the anchors. Holding the result pins it.
@@ -104,19 +128,20 @@ class KeyStore:
         """
         return self._shelf.latest(scope) if version is None else self._shelf.find(scope, version)
 
-    def submit(self, stats: RoutingStats) -> bool:
+    def submit(self, stats: RoutingStats, done: Callable[[], None] | None = None) -> bool:
         """Queue one window; never blocks. False when dropped and counted: queue full, frozen, not finite.
 
-        Raises InvalidStatistics when layers or shapes are not this store's: a bug of the caller.
+        `done` is called, on the thread that learns, when a queued window has been learned and published, or
+        rejected or dropped after all. Raises InvalidStatistics when layers or shapes are not this store's: a bug of the caller.
         """
         if self.is_frozen(stats.scope):
             self._intake.count_dropped("frozen")
             return False
-        self._learner.check_fits(stats)
+        self._consolidation.check_fits(stats)
         if not stats.is_finite:
             self._intake.count_dropped("non_finite")
             return False
-        return self._intake.put(stats)
+        return self._intake.put(stats, done)
 
     def count_dropped(self, reason: DropReason) -> None:
         """Count a window that never became statistics, as after NonFiniteStatistics."""
@@ -134,27 +159,19 @@ class KeyStore:
         """Learn every waiting window in order, commit durably in one transaction, publish, notify.
 
         Returns the new versions. When the commit fails the windows wait again and the error passes through.
+        With a guard, the windows of the global scope become one version, which is published if it passes the
+        canary, and tenants whose turn it is are judged after publishing.
         """
-        with self._writing:
-            windows = self._intake.take_all()
-            if not windows:
-                return []
-            started_s = time.monotonic()
-            try:
-                published = self._learn(windows)
-            except Exception:
-                self._intake.give_back(windows)
-                raise
-            finished_s = time.monotonic()
-            self._last_update_s, self._lag_s = finished_s - started_s, finished_s - windows[0].submitted_at_s
-            self.last_error = None
-            self._after_publishing(published)
-            return published
+        published = self._consolidation.run_once()
+        if self._session_eviction == "discard":
+            with self._writing:
+                self._forget(self._ledger.discard_excess_sessions(self._clock()))
+        return published
 
     def note_failure(self, error: BaseException) -> None:
         """Record a failed consolidation: counted, and the store is degraded until one succeeds."""
-        self._updates["failed"] += 1
-        self.last_error = error
+        self._consolidation.updates["failed"] += 1
+        self._consolidation.last_error = error
 
     def rollback(self, scope: ScopeId, to_version: int, *, if_version: int | None = None) -> int:
         """Publish the content of an old version, usage included, as a new one; returns its number.
@@ -162,7 +179,11 @@ class KeyStore:
         Windows that wait for this scope are dropped. Raises KeyVersionUnavailable, VersionConflict.
         """
         reason = f"rollback to {to_version}"
-        return self._publish_content(scope, lambda: self._shelf.find(scope, to_version), reason, if_version)
+        version = self._publish_content(
+            scope, lambda: self._shelf.find(scope, to_version), reason, if_version
+        )
+        self._admin_rollbacks += 1
+        return version
 
     def reset(self, scope: ScopeId, *, if_version: int | None = None) -> int:
         """Publish the anchors as a new version of the scope; returns its number. Raises VersionConflict."""
@@ -175,16 +196,20 @@ class KeyStore:
         Raises KeyVersionUnavailable, SnapshotExists; a missing folder or a full disk passes through as OSError.
         """
         view = self.view(scope, version)
-        write_version(path, view, self._origin, self.gravity)
+        write_version(path, view, self._ledger.pool_of(view), self.gravity.for_scope(scope))
         return view
 
     def restore(self, scope: ScopeId, path: Path, *, if_version: int | None = None) -> int:
         """Publish the content of a snapshot file, usage included, as a new version; returns its number.
 
-        Windows that wait for this scope are dropped. Raises InvalidSnapshot, ModelMismatch, VersionConflict;
-        FileNotFoundError passes through.
+        Windows that wait for this scope are dropped. Raises InvalidSnapshot, ModelMismatch, VersionConflict,
+        CanaryFailed; FileNotFoundError passes through.
         """
-        content = read_version(path, self._origin, self.gravity)
+        content = read_version(path, scope, self._ledger.generations, self.gravity.for_scope(scope))
+        if self._guard is not None and scope.kind == "global":
+            reading = self._guard.judge(replace(content, scope=scope), self.view(scope, 0))
+            if not reading.passed:
+                raise CanaryFailed(f"{path.name}: {reading}; allowed: {self._guard.config.allowed}")
         reason = f"restore of {path.name}, there version {content.version}"
         return self._publish_content(scope, lambda: content, reason, if_version)
 
@@ -203,6 +228,54 @@ class KeyStore:
             return EVERY_SCOPE in frozen
         return str(scope) in frozen or (scope.parent is not None and str(scope.parent) in frozen)
 
+    def add_experts(
+        self, name: str, scope: ScopeId, keys: Mapping[int, Float32Array], digest: str
+    ) -> ExpertGroup:
+        """Append experts with initial `keys` (n, D) by plastic layer, durably, to settle in `scope`.
+
+        Nobody else sees them, and while they settle nothing else moves there. Their ids never come back. Raises
+        InvalidExperts, ExpertGroupExists.
+        """
+        with self._writing:
+            return self._change_pool(self._ledger.pool.add(name, scope, keys, digest, self._clock()))
+
+    def promote_experts(self, name: str) -> ExpertGroup:
+        """Make where a group has settled its anchors, which everybody sees and nobody leaves by more than the
+        trust radius.
+
+        Raises UnknownExpertGroup, WrongGroupState.
+        """
+        with self._writing:
+            group = self._ledger.pool.group(name)
+            settled = self.view(group.scope).keys
+            return self._change_pool(self._ledger.pool.promote(name, settled, self._clock()))
+
+    def retire_experts(self, name: str) -> ExpertGroup:
+        """Hide a group from everybody; requests that hold an older version go on.
+
+        Raises UnknownExpertGroup, WrongGroupState.
+        """
+        with self._writing:
+            return self._change_pool(self._ledger.pool.retire(name, self._clock()))
+
+    def expert_groups(self) -> list[ExpertGroup]:
+        """Every group there ever was, in the order they were added."""
+        return list(self._ledger.pool.groups.values())
+
+    def settling_ids(self, scope: ScopeId) -> Mapping[int, Int64Array]:
+        """Rising ids of the experts that look for their address in a scope, by layer; layers without any left out."""
+        pool = self._ledger.pool
+        ids = {layer: pool.settles_in(scope, layer) for layer in pool.plastic_layers}
+        return {layer: each for layer, each in ids.items() if len(each)}
+
+    def settling(self, name: str) -> Mapping[int, LayerSettling]:
+        """How a settling group moves, by layer. Raises UnknownExpertGroup, WrongGroupState."""
+        pool = self._ledger.pool
+        group = pool.group(name)
+        if group.state != "settling":
+            raise WrongGroupState(f"expert group {name!r} is {group.state}; only a settling one moves freely")
+        return self._consolidation.settling.read(pool, group, self._ledger.progress(group.scope))
+
     def versions(self, scope: ScopeId) -> Sequence[VersionRow]:
         """Metadata of the scope's own kept versions, newest first; version 0 is not among them."""
         return self._backend.versions(scope)
@@ -216,12 +289,8 @@ class KeyStore:
         seconds).
         """
         with self._writing:
-            expired = self._shelf.idle_sessions(now - self._session_ttl_s)
-            if expired:
-                self._backend.delete_scopes(expired, now)
-                self._session_floor = self._backend.session_floor()
-                for scope in expired:
-                    self._shelf.forget(scope)
+            expired = self._ledger.expire_sessions(now - self._session_ttl_s, now)
+            self._forget(expired)
             return expired
 
     def subscribe(self, callback: Callable[[KeySnapshot], None]) -> Callable[[], None]:
@@ -229,31 +298,37 @@ class KeyStore:
 
         Returns the function that ends it. A callback that raises is logged and counted, and the rest go on.
         """
-        token = object()
-        with self._writing:
-            self._subscribers = {**self._subscribers, token: callback}
+        return self._subscribers.add(callback)
 
-        def unsubscribe() -> None:
-            with self._writing:
-                self._subscribers = {key: each for key, each in self._subscribers.items() if key is not token}
-
-        return unsubscribe
+    def subscribe_deleted(self, callback: Callable[[ScopeId], None]) -> Callable[[], None]:
+        """The same for every session that is deleted: expired, or discarded above `max_sessions`."""
+        return self._deleted.add(callback)
 
     def counters(self) -> StoreCounters:
         """A reading of every counter; never waits for a consolidation."""
         waiting, oldest_s = self._intake.waiting()
+        learning = self._consolidation
         return StoreCounters(
-            updates=dict(self._updates),
+            updates=dict(learning.updates),
+            rollbacks={"admin": self._admin_rollbacks, "canary": learning.canary_rollbacks},
             dropped=self._intake.dropped(),
-            subscriber_failures=self._subscriber_failures,
-            last_update_s=self._last_update_s,
-            lag_s=self._lag_s,
+            subscriber_failures=self._subscribers.failures,
+            last_update_s=learning.last_update_s,
+            lag_s=learning.lag_s,
             waiting_windows=waiting,
             oldest_waiting_s=oldest_s,
             live_sessions=self._shelf.live_sessions(),
             index_recall=self._index_builder.recall(),
             index_builds=self._index_builder.builds(),
         )
+
+    def canary_readings(self) -> Mapping[ScopeId, CanaryReading]:
+        """The newest reading of every scope that was judged since the start; empty without a guard."""
+        return {} if self._guard is None else self._guard.readings()
+
+    def audit_trail(self, scope: ScopeId | None, limit: int) -> Sequence[Mapping[str, object]]:
+        """What happened to a scope (None: to any), newest first: commits, verdicts, freezes, deletions."""
+        return self._backend.audit_trail(scope, limit)
 
     def verify_audit(self) -> int:
         """Walk the audit chain and return its length. Raises StoreCorrupted."""
@@ -262,86 +337,29 @@ class KeyStore:
     def close(self) -> None:
         """Close the backend after what is being committed; waiting windows are lost (the worker flushes)."""
         self._index_builder.close()
-        with self._writing:
+        with self._consolidation.running, self._writing:
             self._backend.close()
-
-    def _load(self, scope: ScopeId, version: int) -> KeySnapshot:
-        return rebuild(self._backend.load(scope, version), self._origin, self.gravity.trust_radius)
-
-    def _learn(self, windows: Sequence[PendingWindow]) -> list[KeySnapshot]:
-        scopes: dict[ScopeId, Progress] = {}
-        records: list[VersionRecord] = []
-        published: list[KeySnapshot] = []
-        outcomes: Counter[str] = Counter()
-        for stats in (window.stats for window in windows):
-            if self.is_frozen(stats.scope):
-                outcomes["frozen"] += 1
-                continue
-            try:
-                before = scopes.get(stats.scope) or self._progress(stats.scope)
-                version = self._next_version(stats.scope, before.snapshot)
-                after = self._learner.advance(before, stats, version, self._clock())
-            except (KeyStoreError, ArithmeticError, ValueError):
-                logger.exception("window rejected", extra={"scope": str(stats.scope), "tokens": stats.tokens})
-                outcomes["rejected"] += 1
-                continue
-            scopes[stats.scope] = after
-            outcomes["unchanged" if after.snapshot is before.snapshot else "published"] += 1
-            if after.snapshot is not before.snapshot:
-                records.append(self._record(after.snapshot, before.snapshot))
-                published.append(after.snapshot)
-        if records:
-            self._backend.commit(records)
-        for snapshot in published:
-            self._shelf.publish(snapshot)
-        for scope, progress in scopes.items():
-            self._shelf.carry(scope, progress.usage, progress.tokens)
-        self._intake.count_dropped("frozen", outcomes.pop("frozen", 0))
-        self._updates.update(outcomes)
-        return published
-
-    def _progress(self, scope: ScopeId) -> Progress:
-        history = self._shelf.history(scope)
-        if history is not None:
-            return Progress(history.latest, history.usage, history.tokens)
-        snapshot = self._shelf.latest(scope)
-        return Progress(snapshot, snapshot.usage, snapshot.tokens)
-
-    def _next_version(self, scope: ScopeId, base: KeySnapshot) -> int:
-        forks = base.scope != scope
-        return max(base.version, self._session_floor if forks else 0) + 1
-
-    def _record(self, snapshot: KeySnapshot, base: KeySnapshot) -> VersionRecord:
-        starts = base.version == 0 or base.scope != snapshot.scope
-        is_checkpoint = starts or snapshot.version % CHECKPOINT_EVERY == 0
-        return record_of(snapshot, base, self._origin, self.gravity.trust_radius, is_checkpoint=is_checkpoint)
 
     def _publish_content(
         self, scope: ScopeId, target: Callable[[], KeySnapshot], reason: str, if_version: int | None
     ) -> int:
         """Keys, usage and tokens of `target` as the scope's next version."""
         with self._writing:
-            head = self._shelf.head(scope)
-            current = head.version if head else self._shelf.latest(scope).version
-            if if_version is not None and if_version != current:
-                raise VersionConflict(f"{scope} is at version {current}, not {if_version}")
-            floor = self._session_floor if head is None and scope.kind == "session" else 0
-            snapshot = replace(
-                target(),
-                scope=scope,
-                version=max(current, floor) + 1,
-                parent=current,
-                reason=reason,
-                created_at=self._clock(),
-            )
-            radius = self.gravity.trust_radius
-            self._backend.commit(
-                [record_of(snapshot, self._origin, self._origin, radius, is_checkpoint=True)]
-            )
+            snapshot = self._ledger.publish_content(scope, target, reason, if_version)
             self._intake.discard(scope)
-            self._shelf.publish(snapshot)
             self._after_publishing([snapshot])
             return snapshot.version
+
+    def _change_pool(self, event: PoolEvent) -> ExpertGroup:
+        published = self._ledger.change_pool(event)
+        self._consolidation.use_pool(self._ledger.pool)
+        self._after_publishing(published)
+        return self._ledger.pool.groups[event.name]
+
+    def _forget(self, deleted: Sequence[ScopeId]) -> None:
+        for scope in deleted:
+            self._intake.discard(scope)
+        self._deleted.notify(deleted)
 
     def _set_frozen(self, scope: ScopeId | None, *, frozen: bool) -> None:
         with self._writing:
@@ -349,12 +367,5 @@ class KeyStore:
             self._frozen = self._backend.frozen()
 
     def _after_publishing(self, published: Sequence[KeySnapshot]) -> None:
-        for snapshot in published:
-            for callback in self._subscribers.values():
-                try:
-                    callback(snapshot)
-                except Exception:
-                    self._subscriber_failures += 1
-                    logger.exception("subscriber failed", extra={"scope": str(snapshot.scope)})
-        for scope in {each.scope for each in published if each.version % CHECKPOINT_EVERY == 0}:
-            self._backend.thin(scope, self._versions_on_disk)
+        self._subscribers.notify(published)
+        self._ledger.thin(published, self._versions_on_disk)

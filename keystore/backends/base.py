@@ -5,9 +5,10 @@ Knows rows and bytes, not gravity or searching.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from keystore.records import Float32Array, Int64Array, ScopeId
+from keystore.settling import SettlingState
 
 EVERY_SCOPE = "*"  # the frozen name that stands for all of them
 
@@ -33,16 +34,33 @@ class VersionRow:
     drift_mean: float
     checksum: str
     reason: str
+    generation: int  # of the expert pool it was made under
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PoolEvent:
+    """One change of the expert pool; the first g events make generation g."""
+
+    generation: int  # 1 for the first
+    kind: Literal["add", "promote", "retire"]
+    name: str  # of the expert group
+    scope: ScopeId  # who settles it
+    digest: str  # of the expert file
+    at: float  # unix seconds
+    rows: Mapping[int, RowChanges]  # the group's anchors from now on: given by add and promote
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class VersionRecord:
-    """One version to keep. A checkpoint's changes are against the anchors, else against `version - 1`."""
+    """One version to keep. A checkpoint's changes are against its generation's anchors, else against
+    `version - 1`.
+    """
 
     row: VersionRow
     is_checkpoint: bool
     changes: Mapping[int, RowChanges]
     usage: Mapping[int, Float32Array]
+    settling: Mapping[int, SettlingState] | None = None  # the scope's from now on; None: as it was
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,6 +81,17 @@ class ScopeHead:
     forked_from: int  # version of the parent scope, 0 for the anchors
     version: int  # latest
     created_at: float  # of the latest version, unix seconds
+    generation: int  # of the expert pool, of the latest version
+
+
+@dataclass(frozen=True, slots=True)
+class CanaryNote:
+    """How a version did on the canary, to be kept in the audit trail as `event`."""
+
+    scope: ScopeId
+    version: int
+    passed: bool
+    event: Mapping[str, object]
 
 
 class Backend(Protocol):
@@ -82,8 +111,29 @@ class Backend(Protocol):
         """
         ...
 
-    def commit(self, records: Sequence[VersionRecord]) -> None:
+    def commit(
+        self,
+        records: Sequence[VersionRecord],
+        canary: CanaryNote | None = None,
+        pool_event: PoolEvent | None = None,
+    ) -> None:
         """Keep all or none; durable when it returns. Raises VersionConflict when a number is taken."""
+        ...
+
+    def pool_events(self) -> Sequence[PoolEvent]:
+        """Every change of the expert pool, in order. Raises StoreCorrupted."""
+        ...
+
+    def settling(self, scope: ScopeId) -> Mapping[int, SettlingState]:
+        """What a scope knows of the addresses of its settling experts, by layer. Raises StoreCorrupted."""
+        ...
+
+    def note_canary(self, note: CanaryNote) -> None:
+        """Keep a note about a version that is stored already, or that will never be."""
+        ...
+
+    def passed_version(self, scope: ScopeId) -> int:
+        """The version of the newest note that says passed; 0 when there is none."""
         ...
 
     def load(self, scope: ScopeId, version: int) -> StoredVersion:
@@ -108,6 +158,12 @@ class Backend(Protocol):
 
     def set_frozen(self, name: str, frozen: bool, at: float) -> None:
         """Freeze or unfreeze a name, durably."""
+        ...
+
+    def audit_trail(self, scope: ScopeId | None, limit: int) -> Sequence[Mapping[str, object]]:
+        """The newest events, of everybody or those that name a scope or all scopes, newest first; each with its
+        `id` and `hash` in the chain.
+        """
         ...
 
     def verify_audit(self) -> int:

@@ -4,15 +4,20 @@ keys   "LKD1" | u32 layers | per layer: i32 layer, u32 rows R, u32 dim D | i64 i
 usage  "LKU1" | u32 layers | per layer: i32 layer, u32 experts M | f32 usage[M]
 """
 
+import hashlib
 import struct
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
-from keystore.backends.base import RowChanges
+from keystore.backends.audit import canonical_json
+from keystore.backends.base import PoolEvent, RowChanges
 from keystore.records import Float32Array
+from keystore.settling import SettlingState
 
-_KEYS_MAGIC, _USAGE_MAGIC = b"LKD1", b"LKU1"
+_KEYS_MAGIC, _USAGE_MAGIC, _SETTLING_MAGIC = b"LKD1", b"LKU1", b"LKS1"
+_SETTLING_HEADER = struct.Struct("<iIId")
 _COUNT, _KEYS_HEADER, _USAGE_HEADER = struct.Struct("<I"), struct.Struct("<iII"), struct.Struct("<iI")
 
 
@@ -62,25 +67,68 @@ def unpack_usage(blob: bytes) -> Mapping[int, Float32Array]:
     return usage
 
 
+def pack_settling(settling: Mapping[int, SettlingState]) -> bytes:
+    """Bytes of settling states, layers in order, with a checksum."""
+    parts = [_COUNT.pack(len(settling))]
+    for layer in sorted(settling):
+        state = settling[layer]
+        parts.append(_SETTLING_HEADER.pack(layer, *state.utilities.shape, state.tokens))
+        parts.append(state.expert_ids.astype("<i8").tobytes())
+        parts.append(state.moments.astype("<f8").tobytes())
+        parts.append(state.utilities.astype("<f8").tobytes())
+    body = b"".join(parts)
+    return _SETTLING_MAGIC + hashlib.sha256(body).digest() + body
+
+
+def unpack_settling(blob: bytes) -> Mapping[int, SettlingState]:
+    """Inverse of pack_settling. Raises ValueError on a wrong magic, checksum, size or order of ids."""
+    reader = _Reader(blob, _SETTLING_MAGIC)
+    if reader.take(hashlib.sha256().digest_size) != hashlib.sha256(blob[reader.at :]).digest():
+        raise ValueError("the settling state does not match its checksum")
+    states: dict[int, SettlingState] = {}
+    for _ in range(reader.unpack(_COUNT)[0]):
+        layer, experts, dim, tokens = reader.unpack(_SETTLING_HEADER)
+        ids = np.frombuffer(reader.take(8 * experts), "<i8").astype(np.int64)
+        moments = np.frombuffer(reader.take(8 * dim * dim), "<f8").astype(np.float64)
+        utilities = np.frombuffer(reader.take(8 * experts * dim), "<f8").astype(np.float64)
+        shaped = moments.reshape(dim, dim), utilities.reshape(experts, dim)
+        states[layer] = SettlingState(ids, *shaped, tokens)
+    reader.finish()
+    return states
+
+
+def event_checksum(event: PoolEvent) -> str:
+    """sha256 hex over everything that a pool event says."""
+    words = {
+        "generation": event.generation,
+        "kind": event.kind,
+        "name": event.name,
+        "scope": str(event.scope),
+        "digest": event.digest,
+        "at": event.at,
+    }
+    return hashlib.sha256(canonical_json(words).encode("ascii") + pack_changes(event.rows)).hexdigest()
+
+
 class _Reader:
     """A cursor over bytes that never reads past their end."""
 
     def __init__(self, blob: bytes, magic: bytes) -> None:
-        self._blob, self._at = blob, 0
+        self._blob, self.at = blob, 0
         found = self.take(len(magic))
         if found != magic:
             raise ValueError(f"blob starts with {found!r}; allowed: {magic!r}")
 
     def take(self, size_bytes: int) -> bytes:
-        end = self._at + size_bytes
+        end = self.at + size_bytes
         if end > len(self._blob):
             raise ValueError(f"blob of {len(self._blob)} bytes ends before byte {end}")
-        part, self._at = self._blob[self._at : end], end
+        part, self.at = self._blob[self.at : end], end
         return part
 
-    def unpack(self, layout: struct.Struct) -> tuple[int, ...]:
+    def unpack(self, layout: struct.Struct) -> tuple[Any, ...]:  # Any: as the layout says
         return layout.unpack(self.take(layout.size))
 
     def finish(self) -> None:
-        if self._at != len(self._blob):
-            raise ValueError(f"blob of {len(self._blob)} bytes has {len(self._blob) - self._at} left over")
+        if self.at != len(self._blob):
+            raise ValueError(f"blob of {len(self._blob)} bytes has {len(self._blob) - self.at} left over")

@@ -4,43 +4,57 @@ A commit is one transaction: rows, usage, version and audit link are all there o
 gravity, nor what a blob's rows are applied to.
 """
 
-import fcntl
+import json
 import os
 import threading
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import apsw
 
-from keystore.backends.audit import GENESIS, canonical_json, chain_hash, verify_chain
-from keystore.backends.base import ScopeHead, StoredVersion, VersionRecord, VersionRow
-from keystore.backends.blobs import pack_changes, pack_usage, unpack_changes, unpack_usage
-from keystore.errors import KeyVersionUnavailable, ModelMismatch, StoreCorrupted, StoreLocked, VersionConflict
+from keystore.backends.audit import verify_chain
+from keystore.backends.base import (
+    EVERY_SCOPE,
+    CanaryNote,
+    PoolEvent,
+    ScopeHead,
+    StoredVersion,
+    VersionRecord,
+    VersionRow,
+)
+from keystore.backends.blobs import (
+    pack_changes,
+    pack_usage,
+    unpack_changes,
+    unpack_settling,
+    unpack_usage,
+)
+from keystore.backends.data_file import lock, make_folder
+from keystore.backends.rows import (
+    ROW_COLUMNS,
+    Row,
+    append_audit,
+    insert_event,
+    insert_version,
+    keep_note,
+    keep_settling,
+    passed_name,
+    pool_event,
+    read_meta,
+    version_row,
+    write_meta,
+)
+from keystore.backends.schema import ensure_schema
+from keystore.errors import (
+    KeyVersionUnavailable,
+    ModelMismatch,
+    StoreCorrupted,
+)
 from keystore.records import ScopeId
+from keystore.settling import SettlingState
 
-SCHEMA_VERSION = 1
 BUSY_TIMEOUT_MS = 5_000
-
-_SCHEMA = """
-CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID;
-CREATE TABLE scopes (
-    scope TEXT PRIMARY KEY, first_version INTEGER NOT NULL, forked_from INTEGER NOT NULL
-) STRICT, WITHOUT ROWID;
-CREATE TABLE versions (
-    id INTEGER PRIMARY KEY, scope TEXT NOT NULL, version INTEGER NOT NULL, parent INTEGER NOT NULL,
-    created_at REAL NOT NULL, tokens INTEGER NOT NULL, drift_max REAL NOT NULL, drift_mean REAL NOT NULL,
-    checksum TEXT NOT NULL, reason TEXT NOT NULL, is_checkpoint INTEGER NOT NULL,
-    changes BLOB NOT NULL, usage BLOB NOT NULL
-) STRICT;
-CREATE UNIQUE INDEX one_version_once ON versions (scope, version);
-CREATE TABLE frozen (name TEXT PRIMARY KEY) STRICT, WITHOUT ROWID;
-CREATE TABLE audit (id INTEGER PRIMARY KEY, event TEXT NOT NULL, hash TEXT NOT NULL) STRICT;
-"""
-Row = tuple[Any, ...]  # Any: STRICT tables give each column the type it was declared with
-
-_ROW_COLUMNS = "scope, version, parent, created_at, tokens, drift_max, drift_mean, checksum, reason"
 
 
 class EmbeddedBackend:
@@ -51,13 +65,14 @@ class EmbeddedBackend:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        _make_folder(path.parent)
-        self._lock_fd = _lock(path.with_name(path.name + ".lock"))
+        make_folder(path.parent)
+        self._lock_fd = lock(path.with_name(path.name + ".lock"))
         try:
             os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))  # learned keys derive from prompts
             self._writer, self._reader = _connect(path), _connect(path)
             self._writing, self._reading = threading.Lock(), threading.Lock()
-            self._ensure_schema()
+            with self._transaction() as writer:
+                ensure_schema(writer, path)
         except BaseException:
             os.close(self._lock_fd)
             raise
@@ -76,9 +91,9 @@ class EmbeddedBackend:
         offered = {"model_id": model_id, "anchors": anchors_checksum}
         with self._transaction() as writer:
             for name, given in offered.items():
-                stored = _meta(writer, name)
+                stored = read_meta(writer, name)
                 if stored is None:
-                    _set_meta(writer, name, given)
+                    write_meta(writer, name, given)
                 elif stored != given:
                     raise ModelMismatch(
                         f"{self.path} holds keys of {name} {stored!r}, not of {given!r}; allowed: one model"
@@ -87,7 +102,8 @@ class EmbeddedBackend:
     def heads(self) -> Sequence[ScopeHead]:
         """Every scope that has versions."""
         rows = self._read(
-            "SELECT s.scope, s.first_version, s.forked_from, v.version, v.created_at FROM scopes s"
+            "SELECT s.scope, s.first_version, s.forked_from, v.version, v.created_at, v.generation"
+            " FROM scopes s"
             " JOIN versions v ON v.scope = s.scope"
             " AND v.version = (SELECT max(version) FROM versions WHERE scope = s.scope)"
         )
@@ -96,14 +112,51 @@ class EmbeddedBackend:
     def session_floor(self) -> int:
         """Highest version number of any deleted session."""
         with self._reading:
-            return int(_meta(self._reader, "session_floor") or 0)
+            return int(read_meta(self._reader, "session_floor") or 0)
 
-    def commit(self, records: Sequence[VersionRecord]) -> None:
+    def commit(
+        self,
+        records: Sequence[VersionRecord],
+        canary: CanaryNote | None = None,
+        pool_event: PoolEvent | None = None,
+    ) -> None:
         """Keep all or none; durable when it returns. Raises VersionConflict when a number is taken."""
         packed = [(record, pack_changes(record.changes), pack_usage(record.usage)) for record in records]
         with self._transaction() as writer:
+            if pool_event is not None:
+                insert_event(writer, pool_event)
             for record, changes, usage in packed:
-                _insert_version(writer, record, changes, usage)
+                insert_version(writer, record, changes, usage)
+                if record.settling is not None:
+                    keep_settling(writer, record.row.scope, record.settling)
+            if canary is not None:
+                keep_note(writer, canary)
+
+    def settling(self, scope: ScopeId) -> Mapping[int, SettlingState]:
+        """What a scope knows of the addresses of its settling experts, by layer. Raises StoreCorrupted."""
+        rows = self._read("SELECT state FROM settling WHERE scope = ?", (str(scope),))
+        try:
+            return unpack_settling(rows[0][0]) if rows else {}
+        except ValueError as error:
+            raise StoreCorrupted(f"what {scope} knows of settling experts: {error}") from error
+
+    def note_canary(self, note: CanaryNote) -> None:
+        """Keep a note about a version that is stored already, or that will never be."""
+        with self._transaction() as writer:
+            keep_note(writer, note)
+
+    def passed_version(self, scope: ScopeId) -> int:
+        """The version of the newest note that says passed; 0 when there is none."""
+        with self._reading:
+            return int(read_meta(self._reader, passed_name(scope)) or 0)
+
+    def pool_events(self) -> Sequence[PoolEvent]:
+        """Every change of the expert pool, in order. Raises StoreCorrupted."""
+        rows = self._read(
+            "SELECT checksum, generation, kind, name, scope, digest, at, rows FROM pool_events"
+            " ORDER BY generation"
+        )
+        return [pool_event(number, *row) for number, row in enumerate(rows, start=1)]
 
     def load(self, scope: ScopeId, version: int) -> StoredVersion:
         """The nearest checkpoint at or below `version` and what follows.
@@ -111,7 +164,7 @@ class EmbeddedBackend:
         Raises KeyVersionUnavailable, StoreCorrupted.
         """
         rows = self._read(
-            f"SELECT {_ROW_COLUMNS}, changes, usage FROM versions"  # noqa: S608 - constant columns
+            f"SELECT {ROW_COLUMNS}, changes, usage FROM versions"  # noqa: S608 - constant columns
             " WHERE scope = ?1 AND version <= ?2 AND version >="
             " (SELECT max(version) FROM versions WHERE scope = ?1 AND version <= ?2 AND is_checkpoint)"
             " ORDER BY version",
@@ -125,15 +178,15 @@ class EmbeddedBackend:
             )
         try:
             changes = [unpack_changes(row[-2]) for row in rows]
-            return StoredVersion(_version_row(rows[-1][:-2]), changes, unpack_usage(rows[-1][-1]))
+            return StoredVersion(version_row(rows[-1][:-2]), changes, unpack_usage(rows[-1][-1]))
         except ValueError as error:
             raise StoreCorrupted(f"{scope} version {version}: {error}") from error
 
     def versions(self, scope: ScopeId) -> Sequence[VersionRow]:
         """What is left of a scope's history, newest first."""
         newest_first = "FROM versions WHERE scope = ? ORDER BY version DESC"
-        query = f"SELECT {_ROW_COLUMNS} {newest_first}"
-        return [_version_row(row) for row in self._read(query, (str(scope),))]
+        query = f"SELECT {ROW_COLUMNS} {newest_first}"
+        return [version_row(row) for row in self._read(query, (str(scope),))]
 
     def thin(self, scope: ScopeId, keep: int) -> None:
         """Drop all but the newest `keep`, what those are rebuilt from, and `keep` older checkpoints."""
@@ -158,13 +211,12 @@ class EmbeddedBackend:
                     writer.execute("SELECT max(version) FROM versions WHERE scope = ?", (str(scope),)).get
                     or 0
                 )
-                floor = max(int(_meta(writer, "session_floor") or 0), int(last))
-                _set_meta(writer, "session_floor", str(floor))
+                floor = max(int(read_meta(writer, "session_floor") or 0), int(last))
+                write_meta(writer, "session_floor", str(floor))
                 writer.execute("DELETE FROM versions WHERE scope = ?", (str(scope),))
                 writer.execute("DELETE FROM scopes WHERE scope = ?", (str(scope),))
-                _append_audit(
-                    writer, {"event": "delete", "scope": str(scope), "at": at, "last_version": last}
-                )
+                writer.execute("DELETE FROM settling WHERE scope = ?", (str(scope),))
+                append_audit(writer, {"event": "delete", "scope": str(scope), "at": at, "last_version": last})
 
     def frozen(self) -> frozenset[str]:
         """Names of frozen scopes."""
@@ -175,21 +227,21 @@ class EmbeddedBackend:
         change = "INSERT OR IGNORE INTO frozen VALUES (?)" if frozen else "DELETE FROM frozen WHERE name = ?"
         with self._transaction() as writer:
             writer.execute(change, (name,))
-            _append_audit(writer, {"event": "freeze" if frozen else "unfreeze", "scope": name, "at": at})
+            append_audit(writer, {"event": "freeze" if frozen else "unfreeze", "scope": name, "at": at})
+
+    def audit_trail(self, scope: ScopeId | None, limit: int) -> Sequence[Mapping[str, object]]:
+        """The newest events, of everybody or those that name a scope or all scopes, newest first."""
+        rows = self._read(
+            "SELECT id, hash, event FROM audit"
+            " WHERE ?1 = '' OR json_extract(event, '$.scope') IN (?1, ?2) ORDER BY id DESC LIMIT ?3",
+            ("" if scope is None else str(scope), EVERY_SCOPE, limit),
+        )
+        return [{"id": row_id, "hash": link, **json.loads(event)} for row_id, link, event in rows]
 
     def verify_audit(self) -> int:
         """Walk the audit chain and return its length. Raises StoreCorrupted."""
         with self._reading:
             return verify_chain(self._reader.execute("SELECT id, event, hash FROM audit ORDER BY id"))
-
-    def _ensure_schema(self) -> None:
-        with self._transaction() as writer:
-            found = writer.pragma("user_version")
-            if found == 0 and not writer.execute("SELECT count(*) FROM sqlite_schema").get:
-                writer.execute(_SCHEMA)
-                writer.pragma("user_version", SCHEMA_VERSION)
-            elif found != SCHEMA_VERSION:
-                raise StoreCorrupted(f"{self.path} has schema version {found}; allowed: {SCHEMA_VERSION}")
 
     def _read(self, query: str, bindings: tuple[str | int, ...] = ()) -> list[Row]:
         with self._reading:
@@ -208,34 +260,6 @@ class EmbeddedBackend:
                 raise
 
 
-def _make_folder(path: Path) -> None:
-    """Make a folder and those above it; each is in its parent durably before anything is put into it."""
-    if path.is_dir():
-        return
-    _make_folder(path.parent)
-    path.mkdir(exist_ok=True)
-    parent = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(parent)
-    finally:
-        os.close(parent)
-
-
-def _lock(path: Path) -> int:
-    lock_fd = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
-    try:
-        fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        holder = os.read(lock_fd, 32).decode("ascii", "replace").strip()
-        os.close(lock_fd)
-        raise StoreLocked(
-            f"{path} is held by process {holder or 'unknown'}; allowed: one process a file"
-        ) from error
-    os.ftruncate(lock_fd, 0)
-    os.write(lock_fd, f"{os.getpid()}\n".encode("ascii"))
-    return lock_fd
-
-
 def _connect(path: Path) -> apsw.Connection:
     connection = apsw.Connection(str(path))
     try:
@@ -246,53 +270,3 @@ def _connect(path: Path) -> apsw.Connection:
         connection.close()
         raise StoreCorrupted(f"{path} is not a key store: {error}") from error
     return connection
-
-
-def _insert_version(writer: apsw.Connection, record: VersionRecord, changes: bytes, usage: bytes) -> None:
-    row = record.row
-    scope = str(row.scope)
-    writer.execute("INSERT OR IGNORE INTO scopes VALUES (?, ?, ?)", (scope, row.version, row.parent))
-    figures = (
-        row.parent,
-        row.created_at,
-        row.tokens,
-        row.drift_max,
-        row.drift_mean,
-        row.checksum,
-        row.reason,
-    )
-    try:
-        writer.execute(
-            "INSERT INTO versions VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (scope, row.version, *figures, record.is_checkpoint, changes, usage),
-        )
-    except apsw.ConstraintError as error:
-        raise VersionConflict(f"version {row.version} of {scope} is already stored") from error
-    event = {
-        "event": "commit",
-        "scope": scope,
-        "version": row.version,
-        "parent": row.parent,
-        "at": row.created_at,
-    }
-    _append_audit(writer, event | {"tokens": row.tokens, "checksum": row.checksum, "reason": row.reason})
-
-
-def _append_audit(writer: apsw.Connection, event: Mapping[str, object]) -> None:
-    last = writer.execute("SELECT id, hash FROM audit ORDER BY id DESC LIMIT 1").fetchone()
-    audit_id, previous = (int(last[0]), str(last[1])) if last else (0, GENESIS)
-    text = canonical_json(event)
-    writer.execute("INSERT INTO audit VALUES (?, ?, ?)", (audit_id + 1, text, chain_hash(previous, text)))
-
-
-def _meta(connection: apsw.Connection, name: str) -> str | None:
-    row = connection.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
-    return str(row[0]) if row else None
-
-
-def _set_meta(writer: apsw.Connection, name: str, value: str) -> None:
-    writer.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, value))
-
-
-def _version_row(row: Row) -> VersionRow:
-    return VersionRow(ScopeId.parse(row[0]), *row[1:])

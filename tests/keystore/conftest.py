@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from keystore.backends.embedded import EmbeddedBackend
-from keystore.records import GravityConfig, RoutingStats, ScopeId, TokenTrace
+from keystore.records import GravityConfig, ScopeId
+from keystore.statistics import RoutingStats, TokenCredit, TokenTrace
 from keystore.store import KeyStore
 
 NUM_EXPERTS, DIM, NUM_EXPERTS_PER_TOK = 16, 8, 4
@@ -32,17 +33,16 @@ def make_anchors(seed: int = 0) -> dict[int, np.ndarray]:
     return {layer: rng.standard_normal((NUM_EXPERTS, DIM), dtype=np.float32) for layer in (1, 3, 5)}
 
 
-def make_window(scope: ScopeId = TENANT, seed: int = 0, tokens: int = 32) -> RoutingStats:
+def make_window(
+    scope: ScopeId = TENANT, seed: int = 0, tokens: int = 32, num_experts: int = NUM_EXPERTS
+) -> RoutingStats:
     rng = np.random.default_rng(seed)
-    traces = {
-        layer: TokenTrace(
-            expert_ids=rng.random((tokens, NUM_EXPERTS)).argsort(axis=1)[:, :NUM_EXPERTS_PER_TOK],
-            queries=rng.standard_normal((tokens, DIM), dtype=np.float32),
-            weights=rng.standard_normal((tokens, NUM_EXPERTS_PER_TOK), dtype=np.float32),
-            num_experts=NUM_EXPERTS,
-        )
-        for layer in PLASTIC_LAYERS
-    }
+    traces: dict[int, TokenTrace] = {}
+    for layer in PLASTIC_LAYERS:
+        ids = rng.random((tokens, num_experts)).argsort(axis=1)[:, :NUM_EXPERTS_PER_TOK]
+        queries = rng.standard_normal((tokens, DIM), dtype=np.float32)
+        weights = rng.standard_normal((tokens, NUM_EXPERTS_PER_TOK), dtype=np.float32)
+        traces[layer] = TokenTrace(ids, queries, num_experts, TokenCredit(ids, weights))
     return RoutingStats.from_tokens(scope, traces)
 
 
@@ -70,7 +70,7 @@ def learn(store: KeyStore, seed: int = 0, scope: ScopeId = TENANT) -> None:
 
 @pytest.fixture
 def window() -> Callable[..., RoutingStats]:
-    """make_window(scope, seed, tokens)"""
+    """make_window(scope, seed, tokens, num_experts)"""
     return make_window
 
 

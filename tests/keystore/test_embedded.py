@@ -115,9 +115,8 @@ def test_a_start_after_thousands_of_versions_reads_heads_and_one_checkpoint(
     teach(store)
     first = store.view(TENANT)
     later = [replace(first, version=number, parent=number - 1) for number in range(2, 4001)]
-    origin = store.view(TENANT, 0)
     store._backend.commit(
-        [record_of(new, first, origin, 0.2, is_checkpoint=new.version % 16 == 0) for new in later]
+        [record_of(new, first, store._ledger.pool, 0.2, is_checkpoint=new.version % 16 == 0) for new in later]
     )
     loaded = []
     load = EmbeddedBackend.load
@@ -142,7 +141,8 @@ from pathlib import Path
 import numpy as np
 
 from keystore.backends.embedded import EmbeddedBackend
-from keystore.records import GravityConfig, RoutingStats, ScopeId, TokenTrace
+from keystore.records import GravityConfig, ScopeId
+from keystore.statistics import RoutingStats, TokenTrace
 from keystore.store import KeyStore
 
 rng, scope = np.random.default_rng(), ScopeId("tenant", "default")
@@ -152,7 +152,7 @@ store = KeyStore("tiny", anchors, GravityConfig(), backend, num_experts_per_tok=
 print("open", store.view(scope).version, store.view(scope).checksum, store.verify_audit(), flush=True)
 while True:
     queries = rng.standard_normal((4, 4), dtype=np.float32)
-    trace = TokenTrace(rng.integers(0, 8, (4, 2)), queries, None, 8)
+    trace = TokenTrace(rng.integers(0, 8, (4, 2)), queries, 8)
     store.submit(RoutingStats.from_tokens(scope, {0: trace}))
     for snapshot in store.consolidate_once():
         print("committed", snapshot.version, snapshot.checksum, flush=True)

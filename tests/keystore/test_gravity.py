@@ -17,7 +17,8 @@ from keystore.gravity import (
     retention,
     scale_queries,
 )
-from keystore.records import GravityConfig, LayerStats, TokenTrace
+from keystore.records import GravityConfig
+from keystore.statistics import LayerStats, TokenCredit, TokenTrace
 
 M, D, K = 12, 6, 3
 SEEDS = st.integers(0, 2**32 - 1)
@@ -36,12 +37,10 @@ EVERYTHING_ON = {
 
 def make_trace(seed: int, tokens: int = 20, *, literal: bool = False) -> TokenTrace:
     rng = np.random.default_rng(seed)
-    return TokenTrace(
-        expert_ids=rng.random((tokens, M)).argsort(axis=1)[:, :K],
-        queries=rng.standard_normal((tokens, D), dtype=np.float32),
-        weights=None if literal else rng.standard_normal((tokens, K), dtype=np.float32),
-        num_experts=M,
-    )
+    ids = rng.random((tokens, M)).argsort(axis=1)[:, :K]
+    queries = rng.standard_normal((tokens, D), dtype=np.float32)
+    weights = rng.standard_normal((tokens, K), dtype=np.float32)
+    return TokenTrace(ids, queries, M, None if literal else TokenCredit(ids, weights))
 
 
 def make_keys(seed: int) -> np.ndarray:
@@ -49,8 +48,8 @@ def make_keys(seed: int) -> np.ndarray:
 
 
 def select(trace: TokenTrace, rows) -> TokenTrace:
-    weights = None if trace.weights is None else trace.weights[rows]
-    return TokenTrace(trace.expert_ids[rows], trace.queries[rows], weights, M)
+    credit = trace.credit and TokenCredit(trace.credit.expert_ids[rows], trace.credit.weights[rows])
+    return TokenTrace(trace.expert_ids[rows], trace.queries[rows], M, credit)
 
 
 def step(anchors, keys, stats, config, usage=None, tokens=20, learned=0):
@@ -95,7 +94,7 @@ def test_sums_of_chunked_tokens_equal_a_plain_loop() -> None:
     trace = make_trace(0, tokens=2500)
     stats = LayerStats.from_tokens(trace, coactivation=True)
     sums, weights, events, pairs = np.zeros((M, D)), np.zeros(M), np.zeros(M, int), np.zeros((M, M), int)
-    for ids, query, row in zip(trace.expert_ids, trace.queries, trace.weights, strict=True):
+    for ids, query, row in zip(trace.expert_ids, trace.queries, trace.credit.weights, strict=True):
         for expert, weight in zip(ids, row, strict=True):
             sums[expert] += np.float64(weight) * query
             weights[expert] += weight
@@ -112,9 +111,8 @@ def test_sums_of_chunked_tokens_equal_a_plain_loop() -> None:
 def test_literal_closed_form_is_the_mean_over_random_orders(seed: int, events: int, rate: float) -> None:
     rng = np.random.default_rng(seed)
     queries, start = rng.standard_normal((events, D)), make_keys(seed)
-    stats = LayerStats(
-        np.eye(1, M, dtype=np.int64)[0] * events, np.eye(M)[:, :1] * queries.sum(axis=0), np.zeros(M), None
-    )
+    counts = np.eye(1, M, dtype=np.int64)[0] * events
+    stats = LayerStats(counts, counts, np.eye(M)[:, :1] * queries.sum(axis=0), np.zeros(M), None)
     config = GravityConfig(rule="literal", plasticity_rate=rate, inertia="none")
     closed = start[0] + pull(start.astype(np.float64), initial_usage(M, config), stats, config, K)[0]
     orders = np.array([sequential_literal(start[0], rng.permutation(queries), rate) for _ in range(600)])
@@ -197,7 +195,10 @@ def test_any_float32_bits_leave_keys_finite_and_inside(bits, rule, inertia, dark
     anchors = make_keys(0)
     config = GravityConfig(rule=rule, inertia=inertia, dark_energy=dark, trust_radius=radius, **EVERYTHING_ON)
     try:
-        stats = LayerStats.from_tokens(TokenTrace(ids, queries, weights, M), coactivation=True)
+        stats = LayerStats.from_tokens(
+            TokenTrace(ids, queries, M, TokenCredit(ids, weights)),
+            coactivation=True,
+        )
     except NonFiniteStatistics:
         assert not (np.isfinite(queries).all() and np.isfinite(weights).all())
         return
@@ -249,7 +250,7 @@ def test_literal_keys_keep_the_length_of_their_anchors() -> None:
 def test_idle_experts_go_home_only_after_warm_up_and_measured_in_tokens() -> None:
     anchors = make_keys(4)
     keys = anchors + np.float32(0.01)
-    nothing = LayerStats(np.zeros(M, np.int64), np.zeros((M, D)), np.zeros(M), None)
+    nothing = LayerStats(np.zeros(M, np.int64), np.zeros(M, np.int64), np.zeros((M, D)), np.zeros(M), None)
     config = GravityConfig(decay_rate=0.5, decay_window_tokens=100, warmup_tokens=10, usage_threshold=0.5)
     usage = np.where(np.arange(M) < 4, 0.1, 1.0).astype(np.float32)
     assert step(anchors, keys, nothing, config, usage, tokens=200, learned=9).keys is keys
@@ -260,7 +261,7 @@ def test_idle_experts_go_home_only_after_warm_up_and_measured_in_tokens() -> Non
 
 def test_repulsion_pushes_away_from_the_others_by_a_constant_length() -> None:
     anchors = make_keys(5)
-    nothing = LayerStats(np.zeros(M, np.int64), np.zeros((M, D)), np.zeros(M), None)
+    nothing = LayerStats(np.zeros(M, np.int64), np.zeros(M, np.int64), np.zeros((M, D)), np.zeros(M), None)
     config = GravityConfig(
         dark_energy="repulsion", repulsion_rate=0.1, decay_window_tokens=20, warmup_tokens=0
     )

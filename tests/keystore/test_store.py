@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from keystore.errors import InvalidConfig, InvalidStatistics, KeyVersionUnavailable, VersionConflict
-from keystore.records import GravityConfig, LayerStats, RoutingStats, ScopeId
+from keystore.records import GravityConfig, ScopeId
+from keystore.statistics import LayerStats, RoutingStats
 
 TENANT, OTHER = ScopeId("tenant", "default"), ScopeId("tenant", "other")
 SESSION = ScopeId("session", "default", "abc")
@@ -63,7 +64,7 @@ def test_no_events_and_no_rates_make_no_version(open_here, window) -> None:
 def test_usage_of_a_window_without_movement_counts_for_the_next(open_here, window) -> None:
     def silent(stats: RoutingStats) -> RoutingStats:
         layers = {
-            layer: LayerStats(sums.events, 0 * sums.weighted_queries, 0 * sums.weights, None)
+            layer: LayerStats(sums.events, sums.credited, 0 * sums.weighted_queries, 0 * sums.weights, None)
             for layer, sums in stats.layers.items()
         }
         return RoutingStats(stats.scope, stats.tokens, layers)
@@ -155,9 +156,8 @@ def test_statistics_that_do_not_fit_are_the_callers_error(store, window) -> None
     stats = window()
     with pytest.raises(InvalidStatistics, match="layers"):
         store.submit(RoutingStats(TENANT, 32, {1: stats.layers[3]}))
-    small = LayerStats(
-        *(part[:4] for part in (stats.layers[3].events, stats.layers[3].weighted_queries)), None, None
-    )
+    sums = stats.layers[3]
+    small = LayerStats(sums.events[:4], sums.credited[:4], sums.weighted_queries[:4], sums.weights[:4], None)
     with pytest.raises(InvalidStatistics, match="layer 3"):
         store.submit(RoutingStats(TENANT, 32, {3: small}))
 
