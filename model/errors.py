@@ -2,6 +2,7 @@
 
 ModelError
 ├── CheckpointError      a weight file is missing, truncated or of the wrong shape
+│   └── InvalidExpertFile   a file of experts to add does not fit the blocks, or is none
 ├── UnsupportedConfig    a configuration names a choice that does not exist or cannot be had
 └── ChatTemplateError    the template refuses these messages
 """
@@ -13,6 +14,10 @@ class ModelError(Exception):
 
 class CheckpointError(ModelError):
     """A weight file cannot be used; the message names the file and the tensor."""
+
+
+class InvalidExpertFile(CheckpointError):
+    """A file of experts cannot be added to the blocks; the message names the file and the tensor."""
 
 
 class UnsupportedConfig(ModelError):

@@ -23,6 +23,10 @@ class KeyView(Protocol):
         """Keys of a layer, shape (experts, key_size)."""
         ...
 
+    def visible_ids(self, layer: int) -> Int64Array | None:
+        """Rising ids of the experts that may be found; None: all."""
+        ...
+
     def search(self, layer: int, queries: Float32Array, k: int) -> tuple[Float32Array, Int64Array]:
         """The k keys of largest inner product per query: scores and expert ids, both (tokens, k)."""
         ...
@@ -42,6 +46,9 @@ class AnchorKeys:
 
     def keys_of(self, layer: int) -> Float32Array:
         return self._anchors[layer]
+
+    def visible_ids(self, layer: int) -> Int64Array | None:
+        return None
 
     def search(self, layer: int, queries: Float32Array, k: int) -> tuple[Float32Array, Int64Array]:
         scores = self._scores(layer, queries)

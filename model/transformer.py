@@ -63,6 +63,7 @@ class Segment:
     flow_steps: int | None = None  # integration steps of flow-matching experts; None: the variant's own
     routed: list[NDArray[np.int64]] | None = None  # takes in each routed layer's expert ids (T, K)
     forced: Mapping[int, Tensor] | None = None  # expert ids (rows, K) of the leading rows, by layer
+    offsets: Mapping[int, Tensor] | None = None  # the session's value offsets (E, H) by layer
 
 
 class Transformer:
@@ -206,6 +207,7 @@ class Transformer:
                         flow_steps=segment.flow_steps,
                         routed=segment.routed,
                         forced=segment.forced,
+                        offsets=segment.offsets,
                     )
                 )
                 groups.append((variant, first, row + length, members))

@@ -35,7 +35,14 @@ class LayerTrace:
     expert_ids: Tensor  # (T, K) int64
     gates: Tensor  # (T, K) float32
     queries: Tensor  # (T, D) float32
-    deviations: Tensor  # (T, K, H) float32: each selected expert's output minus the block's output
+    normed: Tensor  # (T, H) float32: what the experts read
+    output_norms: Tensor | None = None  # (T,): length of the residual stream behind the block, where known
+
+    def cut(self, rows: slice) -> "LayerTrace":
+        norms = None if self.output_norms is None else self.output_norms[rows]
+        return LayerTrace(
+            self.expert_ids[rows], self.gates[rows], self.queries[rows], self.normed[rows], norms
+        )
 
 
 @dataclass(slots=True)
@@ -44,6 +51,11 @@ class RoutingTrace:
 
     layers: frozenset[int]
     by_layer: dict[int, LayerTrace] = field(default_factory=dict[int, LayerTrace])
+    entry: Tensor | None = None  # (T, H) float32: the residual stream before the block of `entry_layer`
+    entry_layer: int | None = None  # None: the lowest of `layers`
+
+    def enters_at(self, layer: int) -> bool:
+        return layer == (min(self.layers) if self.entry_layer is None else self.entry_layer)
 
 
 @dataclass(slots=True)
@@ -62,10 +74,14 @@ class BlockSpan:
     forced: Mapping[int, Tensor] | None = (
         None  # expert ids (rows, K) by layer, in place of the router's choice
     )
+    offsets: Mapping[int, Tensor] | None = None  # the session's value offsets (E, H) by layer
 
 
 class ExpertUsage:
-    """Tokens per (phase, layer, expert) since the start. Written by the engine thread, read by anybody."""
+    """Tokens per (phase, layer, expert) since the start. Written by the engine thread, read by anybody.
+
+    Layers may have different numbers of experts: what a layer does not have stays 0 in `counts`.
+    """
 
     PHASES = ("prefill", "decode")
 
@@ -74,10 +90,26 @@ class ExpertUsage:
         self.num_experts_per_tok = num_experts_per_tok
         self._index = {layer: i for i, layer in enumerate(self.layers)}
         self.counts: NDArray[np.int64] = np.zeros((2, len(self.layers), num_experts), dtype=np.int64)
+        self._num_experts = dict.fromkeys(self.layers, num_experts)
 
     @classmethod
     def of(cls, config: BlockConfig) -> "ExpertUsage":
         return cls(config.layers, config.num_experts, config.num_experts_per_tok)
+
+    def of_layer(self, layer: int) -> NDArray[np.int64]:
+        """A copy of one layer's counts: (phases, experts of the layer)."""
+        num_experts = self._num_experts[layer]  # read first: `resize` writes it last
+        return self.counts[:, self._index[layer], :num_experts].copy()
+
+    def resize(self, num_experts: Mapping[int, int]) -> None:
+        """From now on these layers have so many experts; on the thread that adds. Readers keep whole arrays."""
+        sizes = {**self._num_experts, **num_experts}
+        counts = np.zeros((2, len(self.layers), max(sizes.values())), dtype=np.int64)
+        for layer, size in sizes.items():
+            kept = min(size, self._num_experts[layer])
+            counts[:, self._index[layer], :kept] = self.counts[:, self._index[layer], :kept]
+        self.counts = counts
+        self._num_experts = sizes
 
     def add(self, layer: int, expert_ids: NDArray[np.int64], *, decode: bool) -> None:
         row = self.counts[int(decode), self._index[layer]]

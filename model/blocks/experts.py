@@ -4,7 +4,8 @@ T tokens, K experts per token, E experts, H hidden, F expert width.
 """
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ ROW_MULTIPLE = 4
 ACTIVATION_MULTIPLE = 32  # rows where each holds one number
 
 RunExpert = Callable[[int, Tensor], Tensor]  # expert id, its rows (n, H) -> (n, H)
+Stacked = Mapping[str, nn.Parameter]  # a matrix's name -> (E, outputs, inputs)
 
 
 def pad_rows(rows: Tensor, multiple: int = ROW_MULTIPLE) -> Tensor:
@@ -52,11 +54,14 @@ def dispatch(rows: Tensor, expert_ids: Tensor, num_experts: int, run: RunExpert)
 
 
 class Experts(nn.Module):
-    """E experts of one form, each matrix stacked over the experts. Contribute zero until trained."""
+    """E experts of one form, each matrix stacked over the experts. Contribute zero until trained.
+
+    More may be appended while other threads compute: all matrices are replaced by one assignment, so nobody sees
+    one of them longer than another.
+    """
 
     def __init__(self, num_experts: int, *shapes: tuple[str, tuple[int, int]]):
         super().__init__()
-        self.num_experts = num_experts
         *inner, last = shapes
         for name, (outputs, inputs) in inner:
             self.register_parameter(
@@ -64,15 +69,39 @@ class Experts(nn.Module):
             )
         name, shape = last
         self.register_parameter(name, nn.Parameter(torch.zeros(num_experts, *shape)))
-        self._unbound: tuple[tuple[Tensor, ...], ...] | None = None
+        self._unbound: tuple[Stacked, tuple[tuple[Tensor, ...], ...]] | None = None
+
+    @property
+    def num_experts(self) -> int:
+        return len(next(self.parameters()))
+
+    @property
+    def stacked(self) -> Stacked:
+        """Every matrix over all experts, by name; later appending leaves what was returned as it is."""
+        return cast(Stacked, self._parameters)
+
+    def appended(self, added: Mapping[str, Tensor]) -> Stacked:
+        """The matrices of these experts followed by those of others, (n, ...) each by name."""
+        return {
+            name: nn.Parameter(torch.cat((mine.data, added[name].to(mine))), mine.requires_grad)
+            for name, mine in self.stacked.items()
+        }
+
+    def adopt(self, stacked: Stacked) -> None:
+        """Put other matrices, of the same names and any number of experts, in force."""
+        self._parameters = dict(stacked)
+
+    def append(self, added: Mapping[str, Tensor]) -> None:
+        """More experts behind those that are here, which keep their ids and their bits."""
+        self.adopt(self.appended(added))
 
     def forward(self, rows: Tensor, expert_ids: Tensor) -> Tensor:
         """rows (T, H), expert_ids (T, K) -> (T, K, H)."""
-        matrices = self._matrices()
+        matrices = self.matrices()
         return dispatch(
             rows,
             expert_ids,
-            self.num_experts,
+            len(matrices[0]),
             lambda expert, own_rows: self.run(own_rows, *(matrix[expert] for matrix in matrices)),
         )
 
@@ -81,17 +110,34 @@ class Experts(nn.Module):
     def run(rows: Tensor, *matrices: Tensor) -> Tensor:
         """One expert: rows (n, H) and its own matrices in the order of `shapes` -> (n, H)."""
 
-    def active_parameters(self, num_experts_per_tok: int) -> int:
-        return sum(p.numel() // self.num_experts for p in self.parameters()) * num_experts_per_tok
+    def alignments(self, rows: Tensor, directions: Tensor) -> Tensor:
+        """y_e . d of every expert's output with each row's direction: rows, directions (T, H) -> (T, E).
 
-    def _matrices(self) -> tuple[tuple[Tensor, ...], ...]:
+        Two products over all experts at once; no output (T, E, H) is ever made.
+        """
+        *inner, last = self.parameters()
+        activations = self.activate(*(F.linear(rows, matrix.flatten(0, 1)) for matrix in inner))  # (T, E * F)
+        projected = directions @ last.transpose(0, 1).flatten(1)  # (T, E * F)
+        return (activations * projected).unflatten(1, (len(last), -1)).sum(-1)
+
+    @staticmethod
+    @abstractmethod
+    def activate(*products: Tensor) -> Tensor:
+        """From the inner matrices' products (n, F) to what the last matrix reads."""
+
+    def active_parameters(self, num_experts_per_tok: int) -> int:
+        return sum(p.numel() // len(p) for p in self.parameters()) * num_experts_per_tok
+
+    def matrices(self) -> tuple[tuple[Tensor, ...], ...]:
         """Each matrix apart per expert; kept once the experts are frozen."""
-        if any(p.requires_grad for p in self.parameters()):
+        stacked = self.stacked
+        if any(p.requires_grad for p in stacked.values()):
             self._unbound = None
-            return tuple(p.unbind() for p in self.parameters())
-        if self._unbound is None:
-            self._unbound = tuple(p.data.unbind() for p in self.parameters())
-        return self._unbound
+            return tuple(p.unbind() for p in stacked.values())
+        known = self._unbound
+        if known is None or known[0] is not stacked:
+            known = self._unbound = (stacked, tuple(p.data.unbind() for p in stacked.values()))
+        return known[1]
 
 
 class SiluExperts(Experts):
@@ -103,7 +149,12 @@ class SiluExperts(Experts):
     @staticmethod
     def run(rows: Tensor, *matrices: Tensor) -> Tensor:
         down_proj, up_proj = matrices
-        return F.linear(F.silu(F.linear(rows, down_proj)), up_proj)
+        return F.linear(SiluExperts.activate(F.linear(rows, down_proj)), up_proj)
+
+    @staticmethod
+    def activate(*products: Tensor) -> Tensor:
+        (down,) = products
+        return F.silu(down)
 
 
 class SwigluExperts(Experts):
@@ -120,7 +171,12 @@ class SwigluExperts(Experts):
     @staticmethod
     def run(rows: Tensor, *matrices: Tensor) -> Tensor:
         gate_proj, up_proj, down_proj = matrices
-        return F.linear(F.silu(F.linear(rows, gate_proj)) * F.linear(rows, up_proj), down_proj)
+        return F.linear(SwigluExperts.activate(F.linear(rows, gate_proj), F.linear(rows, up_proj)), down_proj)
+
+    @staticmethod
+    def activate(*products: Tensor) -> Tensor:
+        gate, up = products
+        return F.silu(gate) * up
 
 
 EXPERT_FORMS: dict[str, Callable[[int, int, int], Experts]] = {"silu": SiluExperts, "swiglu": SwigluExperts}

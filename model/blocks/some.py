@@ -25,6 +25,7 @@ from model.blocks.routing import switch_auxiliary_loss
 from model.errors import UnsupportedConfig
 from model.keys import Float32Array
 from model.threads import one_thread
+from model.value_offsets import add_offsets
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +38,15 @@ class SomeConfig(BlockConfig):
     key_size: int
     query: str = "linear"
     expert_form: str = "silu"
+
+
+@dataclass(slots=True)
+class Mixture:
+    """What a block makes of B windows of T tokens."""
+
+    combined: Tensor  # (B, T, H), the block's contribution
+    all_scores: Tensor  # (B, T, E)
+    trace: LayerTrace  # of the B * T rows
 
 
 class SomeBlock(ExpertBlock):
@@ -72,24 +82,44 @@ class SomeBlock(ExpertBlock):
         gates = scores.softmax(-1)
         outputs = self.experts(normed, expert_ids)  # (T, K, H)
         combined = (outputs * gates.unsqueeze(-1)).sum(1)
+        add_offsets(combined, expert_ids, gates, layer, spans)
         for span in spans:
             if span.trace is not None and layer in span.trace.layers:
                 rows = slice(span.first, span.end)
-                span.trace.by_layer[layer] = LayerTrace(
-                    expert_ids[rows],
-                    gates[rows],
-                    queries[rows],
-                    outputs[rows] - combined[rows].unsqueeze(1),
-                )
+                norms = torch.linalg.vector_norm(hidden[rows] + combined[rows], dim=-1)
+                trace = LayerTrace(expert_ids[rows], gates[rows], queries[rows], normed[rows], norms)
+                span.trace.by_layer[layer] = trace
+                if span.trace.enters_at(layer):
+                    span.trace.entry = hidden[rows].clone()
         return combined
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        normed = self.normed(hidden).flatten(0, 1)
-        all_scores = self._queries(normed) @ self.anchors.T  # (T, E)
-        scores, expert_ids = all_scores.topk(self.config.num_experts_per_tok, dim=-1)
-        outputs = self.experts(normed, expert_ids)
-        combined = (outputs * scores.softmax(-1).unsqueeze(-1)).sum(1)
-        return combined.view_as(hidden), switch_auxiliary_loss(all_scores, expert_ids)
+        mixture = self.mix(self.normed(hidden), self.anchors)
+        auxiliary = switch_auxiliary_loss(mixture.all_scores.flatten(0, 1), mixture.trace.expert_ids)
+        return mixture.combined, auxiliary
+
+    def mix(
+        self, normed: Tensor, keys: Tensor, offsets: Tensor | None = None, forced: Tensor | None = None
+    ) -> Mixture:
+        """Differentiable, on whole windows: normed (B, T, H), keys (E, D) or (B, E, D) one set a window.
+
+        `offsets` (E, H) or (B, E, H) are added to the experts' outputs; `forced` (B, T, K) replaces the choice.
+        """
+        rows = normed.flatten(0, 1)
+        queries = self._queries(rows)
+        all_scores = queries.view(*normed.shape[:2], -1) @ keys.transpose(-1, -2)  # (B, T, E)
+        chosen = (
+            all_scores.topk(self.config.num_experts_per_tok, dim=-1).indices if forced is None else forced
+        )
+        gates = all_scores.gather(-1, chosen).softmax(-1)
+        expert_ids = chosen.flatten(0, 1)
+        outputs = self.experts(rows, expert_ids)  # (B * T, K, H)
+        combined = (outputs * gates.flatten(0, 1).unsqueeze(-1)).sum(1).view_as(normed)
+        if offsets is not None:
+            shares = torch.zeros_like(all_scores).scatter(-1, chosen, gates)
+            combined = combined + shares @ offsets
+        trace = LayerTrace(expert_ids, gates.flatten(0, 1), queries, rows)
+        return Mixture(combined, all_scores, trace)
 
     def active_parameters(self) -> int:
         routing = self.anchors.numel() + (0 if self.query_proj is None else self.query_proj.numel())

@@ -15,7 +15,7 @@ from model.blocks.base import ExpertBlock, ExpertUsage
 from model.keys import AnchorKeys
 from model.kv_cache import CacheBudget
 from model.training.data import WindowSet
-from model.training.upper import lower_states, upper_loss
+from model.training.upper import BlockPass, lower_states, upper_loss
 from model.transformer import Segment, Transformer, Variant
 
 RESAMPLES = 2000
@@ -44,7 +44,7 @@ class DomainResult:
 @torch.inference_mode()
 def window_losses(
     model: Transformer,
-    variants: Mapping[str, Mapping[int, ExpertBlock]],
+    variants: Mapping[str, Mapping[int, BlockPass]],
     windows: Mapping[str, WindowSet],
     windows_per_step: int = 4,
 ) -> dict[str, dict[str, WindowLosses]]:

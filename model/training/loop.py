@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from model.blocks import build_block
@@ -52,19 +52,41 @@ def train(
     torch.manual_seed(config.seed)
     fresh = {layer: build_block(block_config) for layer in block_config.layers}
     blocks = {layer: b.to(model.device).requires_grad_() for layer, b in (initial or fresh).items()}
-    parameters = {f"{layer}.{n}": p for layer, b in blocks.items() for n, p in b.named_parameters()}
-    optimizer = torch.optim.AdamW(_groups(blocks), betas=(0.9, 0.95), weight_decay=0.0)
+    fit(model, blocks, _groups(blocks), config, windows, run, cache, f"train {block_config.kind}")
+    save_blocks(run / "blocks", block_config, blocks, torch.bfloat16)
+    return blocks
+
+
+def fit(
+    model: Transformer,
+    blocks: Mapping[int, nn.Module],
+    groups: list[dict[str, Any]],
+    config: TrainingConfig,
+    windows: Mapping[str, WindowSet],
+    run: Path,
+    cache: Path,
+    title: str,
+) -> None:
+    """Train those parameters of `blocks` that learn; `groups` are all of them, each with its `rate_scale`.
+
+    Goes on where `run` left off; the loss curve is appended to `run/curve.jsonl`.
+    """
+    parameters = {
+        f"{layer}.{name}": parameter
+        for layer, block in blocks.items()
+        for name, parameter in block.named_parameters()
+        if parameter.requires_grad
+    }
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
     tokens = torch.from_numpy(np.concatenate([w.tokens for w in windows.values()])).long()
-    first = min(block_config.layers)
+    first = min(blocks)
     lower = LowerStates(model, tokens[:, :-1], first, cache)
     order = _order(len(tokens), config)
     steps = min(len(order) // config.windows_per_step, config.max_steps or len(order))
     run.mkdir(parents=True, exist_ok=True)
     (run / "training.json").write_text(json.dumps(asdict(config), indent=1))
     start = _resume(run, parameters, optimizer)
-    bar = tqdm(
-        range(start, steps), initial=start, total=steps, desc=f"train {block_config.kind}", unit="step"
-    )
+    bar = tqdm(range(start, steps), initial=start, total=steps, desc=title, unit="step")
     with (run / "curve.jsonl").open("a") as curve:
         for step in bar:
             for group in optimizer.param_groups:
@@ -82,8 +104,6 @@ def train(
             if (step + 1) % config.checkpoint_every == 0 or step + 1 == steps:
                 curve.flush()
                 _checkpoint(run, step + 1, parameters, optimizer)
-    save_blocks(run / "blocks", block_config, blocks, torch.bfloat16)
-    return blocks
 
 
 def _groups(blocks: Mapping[int, ExpertBlock]) -> list[dict[str, Any]]:

@@ -5,8 +5,9 @@ window and kept. B windows, T tokens of each, H hidden.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -17,11 +18,26 @@ from model.blocks.base import ExpertBlock
 from model.head import NextTokenLoss
 from model.transformer import Transformer
 
+BlockPass = Callable[[Tensor], tuple[Tensor, Tensor]]  # (B, T, H) -> contribution (B, T, H), auxiliary loss
 
-def lower_states(model: Transformer, tokens: Tensor, first_block: int) -> Tensor:
-    """Hidden states behind layer `first_block`, before its block: tokens (B, T) -> (B, T, H)."""
+
+NO_BLOCKS: Mapping[int, ExpertBlock] = MappingProxyType({})
+
+
+def lower_states(
+    model: Transformer, tokens: Tensor, first_block: int, below: Mapping[int, ExpertBlock] = NO_BLOCKS
+) -> Tensor:
+    """Hidden states behind layer `first_block`, before its block: tokens (B, T) -> (B, T, H).
+
+    Blocks `below` that layer take part as they were trained.
+    """
     with torch.inference_mode():
-        return run_layers(model, model.embed(tokens), 0, first_block + 1)
+        hidden, at = model.embed(tokens), -1
+        for layer in sorted(below):
+            hidden = run_layers(model, hidden, at + 1, layer + 1)
+            hidden = hidden + below[layer](hidden)[0]
+            at = layer
+        return run_layers(model, hidden, at + 1, first_block + 1)
 
 
 def run_layers(model: Transformer, hidden: Tensor, first: int, end: int) -> Tensor:
@@ -35,7 +51,7 @@ def run_layers(model: Transformer, hidden: Tensor, first: int, end: int) -> Tens
 
 
 def upper_loss(
-    model: Transformer, blocks: Mapping[int, ExpertBlock], hidden: Tensor, targets: Tensor, first: int
+    model: Transformer, blocks: Mapping[int, BlockPass], hidden: Tensor, targets: Tensor, first: int
 ) -> tuple[Tensor, Tensor]:
     """From hidden states behind layer `first` to the loss; blocks, if any, sit at `first` or above.
 
@@ -64,11 +80,22 @@ class LowerStates:
     file is named for the windows it belongs to.
     """
 
-    def __init__(self, model: Transformer, tokens: Tensor, first_block: int, folder: Path):
-        self._model, self._tokens, self._first_block = model, tokens, first_block
+    def __init__(
+        self,
+        model: Transformer,
+        tokens: Tensor,
+        first_block: int,
+        folder: Path,
+        below: Mapping[int, ExpertBlock] = NO_BLOCKS,
+    ):
+        self._model, self._tokens, self._first_block, self._below = model, tokens, first_block, below
         shape = (len(tokens), tokens.shape[1], model.config.hidden_size)
         folder.mkdir(parents=True, exist_ok=True)
-        digest = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]
+        content = hashlib.sha256(tokens.numpy().tobytes())
+        for layer in sorted(below):
+            for parameter in below[layer].parameters():
+                content.update(parameter.detach().float().numpy(force=True).tobytes())
+        digest = content.hexdigest()[:16]
         path = folder / f"layer-{first_block}-{digest}.u16"
         mode = "r+" if path.is_file() else "w+"
         self._states = np.memmap(path, dtype=np.uint16, mode=mode, shape=shape)
@@ -85,7 +112,8 @@ class LowerStates:
         rows = windows.numpy()
         missing = rows[self._known[rows] == 0]
         if len(missing):
-            states = lower_states(self._model, self._tokens[torch.from_numpy(missing)], self._first_block)
+            tokens = self._tokens[torch.from_numpy(missing)]
+            states = lower_states(self._model, tokens, self._first_block, self._below)
             self._states[missing] = states.bfloat16().cpu().view(torch.int16).numpy().view(np.uint16)
             self._known[missing] = 1
         words = torch.from_numpy(np.asarray(self._states[rows]).view(np.int16))

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
+from model.blocks.base import ExpertUsage
 from model.blocks.experts import ROW_MULTIPLE, SiluExperts, SwigluExperts, dispatch, padded_linear
 
 EXPERTS, WIDTH, HIDDEN = 8, 16, 32
@@ -86,3 +87,40 @@ def test_a_row_has_the_same_bits_whatever_the_row_count(form, width, count):
     assert torch.equal(experts(rows[:count], torch.zeros(count, 1, dtype=torch.int64)), whole[:count])
     weight = torch.randn(width, 576)
     assert torch.equal(padded_linear(rows[:count], weight), padded_linear(rows, weight)[:count])
+
+
+@pytest.mark.parametrize("form", [SiluExperts, SwigluExperts])
+def test_appended_experts_come_behind_and_leave_the_others_their_bits(form):
+    experts, more = random_experts(form), random_experts(form, num_experts=3)
+    rows, ids = torch.randn(13, HIDDEN), torch.randint(EXPERTS, (13, 2))
+    before = experts(rows, ids)
+    experts.append(more.stacked)
+    assert experts.num_experts == EXPERTS + 3
+    assert torch.equal(experts(rows, ids), before)
+    new = torch.randint(3, (13, 2))
+    assert torch.equal(experts(rows, EXPERTS + new), more(rows, new))
+    assert experts.alignments(rows, rows).shape == (13, EXPERTS + 3)
+
+
+def test_experts_that_a_reader_holds_stay_as_they_were():
+    experts = random_experts(SiluExperts)
+    held = experts.stacked
+    experts.append(random_experts(SiluExperts, num_experts=2).stacked)
+    assert [len(matrix) for matrix in held.values()] == [EXPERTS, EXPERTS]
+    experts.adopt(held)
+    assert experts.num_experts == EXPERTS
+    assert len(experts.matrices()[0]) == EXPERTS, "nothing of the longer ones is remembered"
+
+
+def test_growing_usage_keeps_every_count_and_every_array_that_was_read():
+    usage = ExpertUsage([1, 2], 4)
+    usage.add(2, torch.tensor([[0, 3]]).numpy(), decode=True)
+    read = usage.counts
+    usage.resize({2: 6})
+    usage.add(2, torch.tensor([[5, 3]]).numpy(), decode=True)
+    assert usage.of_layer(2).tolist() == [[0] * 6, [1, 0, 0, 2, 0, 1]]
+    assert usage.of_layer(1).shape == (2, 4)
+    assert usage.counts.shape == (2, 2, 6)
+    assert read[1, 1].tolist() == [1, 0, 0, 1]
+    usage.resize({2: 4})
+    assert usage.of_layer(2).tolist() == [[0] * 4, [1, 0, 0, 2]]

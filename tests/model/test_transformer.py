@@ -141,9 +141,8 @@ def test_a_trace_holds_the_routing_of_just_its_own_rows(tiny):
     assert list(trace.by_layer) == [2]
     layer = trace.by_layer[2]
     assert layer.expert_ids.shape == (12, 2)
-    assert layer.deviations.shape == (12, 2, 32)
-    mixed = (layer.gates.unsqueeze(-1) * layer.deviations).sum(1)
-    assert_close(mixed, torch.zeros_like(mixed), atol=1e-5, rtol=0)  # deviations are from their own mean
+    assert layer.normed.shape == (12, 32)
+    assert_close(layer.gates.sum(1), torch.ones(12), atol=1e-6, rtol=0)
 
 
 class MovedKeys:
