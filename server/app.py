@@ -9,18 +9,31 @@ from starlette.middleware import Middleware
 
 from server.auth import Authentication
 from server.middleware import BodyLimit, RequestContext
-from server.routes import admin, health, key_events, key_pictures, key_search, keys, openai, tokens
+from server.routes import (
+    admin,
+    experts,
+    feedback,
+    health,
+    key_events,
+    key_pictures,
+    key_search,
+    keys,
+    openai,
+    tokens,
+)
 from server.state import ServerState
 
 ROUTERS = (
     health.router,
     openai.router,
+    feedback.router,
     tokens.router,
     keys.router,
     key_search.router,
     key_pictures.router,
     key_events.router,
     admin.router,
+    experts.router,
 )
 
 

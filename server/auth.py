@@ -13,6 +13,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.exchange import Caller, Exchange, Level
+from server.learning_budget import LearningBudget
 from server.refusals import Forbidden, Unauthenticated
 
 PUBLIC_PATHS = frozenset({"/health", "/health/live", "/health/ready"})  # the whole list
@@ -29,8 +30,17 @@ class ApiKey:
     caller: Caller
 
     @classmethod
-    def of(cls, secret: str, tenant: str, level: Literal["user", "admin"]) -> "ApiKey":
-        return cls(_digest(secret), Caller(tenant, level))
+    def of(
+        cls,
+        secret: str,
+        tenant: str,
+        level: Literal["user", "admin"],
+        learned_tokens_per_hour: int | None = None,
+    ) -> "ApiKey":
+        per_hour = learned_tokens_per_hour
+        return cls(
+            _digest(secret), Caller(tenant, level, None if per_hour is None else LearningBudget(per_hour))
+        )
 
 
 class ApiKeys:

@@ -13,20 +13,25 @@ from dataclasses import dataclass
 import torch
 
 from keystore.backends.embedded import EmbeddedBackend
+from keystore.canary import Guard
 from keystore.store import KeyStore
 from keystore.worker import ConsolidationWorker
 from model.blocks.base import BlockConfig, ExpertBlock, ExpertUsage
 from model.blocks.some import SomeBlock, SomeConfig
 from model.checkpoints.blocks import BlockFolder, load_blocks, read_config, shipped_folder
-from model.checkpoints.load import find_base_file, load_base
+from model.checkpoints.load import BaseModel, find_base_file, load_base
 from model.errors import CheckpointError
 from model.transformer import Transformer, Variant
+from server.added_experts import AddedExperts
+from server.canary_probe import make_guard
 from server.engine.engine import Engine, Observers
 from server.engine.runner import EngineRunner
 from server.engine.scheduler import SchedulerConfig
+from server.expert_files import kept_folder, plastic_blocks
 from server.plasticity import Teacher
 from server.registry import Endpoint, Plasticity, Registry
 from server.settings import EndpointSettings, Settings
+from server.value_offsets import OffsetLimits, ValueOffsets
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +60,7 @@ class Parts:
             finished &= runner.stop(timeout_s)
         for endpoint in self.registry.endpoints.values():
             if endpoint.plasticity is not None:
-                endpoint.plasticity.teacher.flush()
+                endpoint.plasticity.teacher.close()
         for worker in self.workers:
             worker.stop(flush=True)
         for store in self.stores:
@@ -124,7 +129,7 @@ def _build_engine(
         if settings.endpoints[name].variant != "dense"
     }
     plastic = {
-        name: _plastic_layers(settings.endpoints[name], folder.config)
+        name: plastic_layers_of(settings.endpoints[name], folder.config)
         for name, folder in loaded.items()
         if isinstance(folder.config, SomeConfig)
     }
@@ -157,7 +162,9 @@ def _build_engine(
             max_model_len=min(model.config.max_position_embeddings, engine.cache.capacity_tokens),
             eos_token_id=model.config.eos_token_id,
             usage=variants[name].usage if name in variants else None,
-            plasticity=_open_plasticity(name, settings, model, loaded[name]) if name in plastic else None,
+            plasticity=_open_plasticity(name, settings, base, loaded[name], runner)
+            if name in plastic
+            else None,
         )
         for name in names
     }
@@ -183,25 +190,54 @@ def read_variant(endpoint: EndpointSettings, hidden_size: int | None = None) -> 
     return folder
 
 
-def _plastic_layers(endpoint: EndpointSettings, config: BlockConfig) -> frozenset[int]:
-    """The layers whose keys may move: direct credit is exact at the top and poor far below it."""
+def plastic_layers_of(endpoint: EndpointSettings, config: BlockConfig) -> frozenset[int]:
+    """The layers whose keys may move: direct credit is exact at the top and poor far below it, gradient anywhere."""
     if endpoint.plastic_layers is None:
-        return frozenset(config.layers[len(config.layers) // 2 :])
+        lowest = 0 if endpoint.gravity.rule == "gradient" else len(config.layers) // 2
+        return frozenset(config.layers[lowest:])
     unknown = sorted(set(endpoint.plastic_layers) - set(config.layers))
     if unknown:
         raise ValueError(f"plastic_layers {unknown} have no blocks; allowed: {list(config.layers)}")
     return frozenset(endpoint.plastic_layers)
 
 
-def _open_plasticity(name: str, settings: Settings, model: Transformer, folder: BlockFolder) -> Plasticity:
+def _open_plasticity(
+    name: str, settings: Settings, base: BaseModel, folder: BlockFolder, runner: EngineRunner
+) -> Plasticity:
     endpoint = settings.endpoints[name]
+    guard = make_guard(settings.guard, base, folder.blocks, plastic_layers_of(endpoint, folder.config))
     backend = EmbeddedBackend(settings.data_dir / "keys" / f"keys-{name}.sqlite3")
-    store = open_key_store(name, settings, folder, backend)
-    teacher = Teacher(model, store, endpoint.gravity.config(), folder.config.num_experts)
-    return Plasticity(store, teacher, endpoint.plasticity)
+    store = open_key_store(name, settings, folder, backend, guard)
+    layers = plastic_layers_of(endpoint, folder.config)
+    experts = AddedExperts(
+        store,
+        plastic_blocks(folder.blocks, layers),
+        runner.engine.variants[name].usage,
+        runner,
+        kept_folder(settings, name),
+    )
+    try:
+        experts.put_back()
+    except BaseException:
+        store.close()
+        raise
+    teacher = Teacher(base.transformer, store, endpoint.gravity.config(), folder.blocks, layers)
+    offsets = _value_offsets(settings, endpoint, base.transformer) if endpoint.value_offsets.enabled else None
+    return Plasticity(store, teacher, experts, endpoint.plasticity, endpoint.learn_scope, offsets)
 
 
-def open_key_store(name: str, settings: Settings, folder: BlockFolder, backend: EmbeddedBackend) -> KeyStore:
+def _value_offsets(settings: Settings, endpoint: EndpointSettings, model: Transformer) -> ValueOffsets:
+    wanted, sessions = endpoint.value_offsets, settings.key_store
+    window_tokens = endpoint.gravity.window_tokens
+    limits = OffsetLimits(
+        wanted.rate, wanted.bound, window_tokens, sessions.max_sessions, sessions.session_ttl_s
+    )
+    return ValueOffsets(model, limits)
+
+
+def open_key_store(
+    name: str, settings: Settings, folder: BlockFolder, backend: EmbeddedBackend, guard: Guard | None = None
+) -> KeyStore:
     """An endpoint's keys on the anchors in its blocks; raises as KeyStore does, and ValueError."""
     anchors = {
         layer: block.anchors.detach().float().cpu().numpy()
@@ -215,13 +251,15 @@ def open_key_store(name: str, settings: Settings, folder: BlockFolder, backend: 
         endpoint.gravity.config(),
         backend,
         num_experts_per_tok=folder.config.num_experts_per_tok,
-        plastic_layers=_plastic_layers(endpoint, folder.config),
+        plastic_layers=plastic_layers_of(endpoint, folder.config),
         queue_size=limits.queue_windows,
         versions_in_memory=limits.versions_in_memory,
         versions_on_disk=limits.versions_on_disk,
         max_sessions=limits.max_sessions,
         session_ttl_s=limits.session_ttl_s,
+        session_eviction=limits.session_eviction,
         exact_limit=limits.exact_limit,
+        guard=guard,
     )
 
 

@@ -4,16 +4,16 @@ import json
 import os
 import sys
 import time
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 
 from server.cli_chat import chat
+from server.cli_experts import experts
 from server.cli_keys import keys
-from server.cli_settings import CONFIG_OPTION, checked_settings
+from server.cli_settings import CONFIG_OPTION, checked_settings, errors_shown
+from server.cli_train import train
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -48,8 +48,10 @@ def serve(config_file: Path | None, data_dir: Path | None, **listen: Any) -> Non
     serve_until_signal(settings, started, processors)
 
 
+keys.add_command(experts)
 main.add_command(keys)
 main.add_command(chat)
+main.add_command(train)
 
 
 @main.group()
@@ -70,58 +72,6 @@ def config_check(config_file: Path | None) -> None:
 def config_show(config_file: Path | None) -> None:
     """Print the effective configuration as JSON, secrets redacted."""
     click.echo(json.dumps(checked_settings(config_file).model_dump(mode="json"), indent=2))
-
-
-@main.command()
-@click.argument("variant", type=click.Choice(["some", "moe", "mom", "fm-moe", "ffn-active", "ffn-total"]))
-@click.option(
-    "--run",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="Run folder; resumed if it exists.",
-)
-@click.option("--data", type=click.Path(path_type=Path), required=True, help="Data folder; built if empty.")
-@click.option("--tokens-per-domain", default=118_000, show_default=True, type=click.IntRange(min=4096))
-@click.option(
-    "--chat-tokens",
-    default=0,
-    show_default=True,
-    type=click.IntRange(min=0),
-    help="Tokens of conversations that the base writes first; keeps its manners.",
-)
-@click.option(
-    "--init", "initial", type=click.Path(path_type=Path), help="Blocks to start from (default: fresh ones)."
-)
-@click.option("--epochs", default=1, show_default=True, type=click.IntRange(min=1))
-@click.option(
-    "--steps", type=click.IntRange(min=1), help="Stop after this many (default: when the data ends)."
-)
-@click.option(
-    "--learning-rate",
-    "learning_rates",
-    multiple=True,
-    default=(2e-3,),
-    show_default=True,
-    type=click.FloatRange(min=0, min_open=True),
-    help="Give several, and the one with the lowest validation loss after a short run is taken.",
-)
-@click.option("--sweep-steps", default=30, show_default=True, type=click.IntRange(min=8))
-@click.option("--seed", default=2026, show_default=True, type=click.IntRange(min=0))
-@click.option("--device", default="cpu", show_default=True, help="Where to train: cpu, cuda.")
-@click.option("--threads", default=0, type=click.IntRange(min=0), help="0: every processor.")
-@click.option("--data-dir", type=click.Path(path_type=Path), help="Where converted base weights are kept.")
-def train(variant: str, data_dir: Path | None, device: str, threads: int, **job: Any) -> None:
-    """Train the expert blocks of VARIANT on the frozen base, from text installed on this machine.
-
-    ffn-active and ffn-total are controls: a plain block with the parameters that a routed variant uses for one token,
-    and one with all that it holds.
-    """
-    from server.offline import TrainingJob, train_variant
-
-    with _errors_shown():
-        train_variant(
-            variant, TrainingJob(**job), checked_settings(None, data_dir=data_dir).data_dir, device, threads
-        )
 
 
 @main.command()
@@ -150,20 +100,51 @@ def evaluate(
         raise click.UsageError("say what to measure: --all, or --blocks FOLDER")
     from server.offline import evaluate_blocks
 
-    with _errors_shown():
+    with errors_shown():
         directory = checked_settings(None, data_dir=data_dir).data_dir
         evaluate_blocks(data, folders, directory, every_variant=every_variant, **options)
 
 
-@contextmanager
-def _errors_shown() -> Generator[None, None, None]:
-    """What went wrong with a model, its files or its training text, as a message and an exit status of 1."""
-    from model.errors import ModelError
+@main.command()
+@click.argument("text", type=click.Path(path_type=Path))
+@CONFIG_OPTION
+@click.option("--endpoint", default="some", show_default=True, help="Whose blocks and law to use.")
+@click.option(
+    "--rule", type=click.Choice(["literal", "direct", "gradient"]), help="In place of the endpoint's own."
+)
+@click.option(
+    "--value-rate",
+    default=0.0,
+    show_default=True,
+    type=click.FloatRange(min=0, max=1),
+    help="Also try value offsets at this rate; 0.02 is a good one.",
+)
+@click.option(
+    "--window", type=click.IntRange(min=2, max=8192), help="Tokens of a window (default: the endpoint's)."
+)
+@click.option("--max-tokens", type=click.IntRange(min=2), help="Stop after this many.")
+@click.option(
+    "--held-out",
+    type=click.Path(path_type=Path),
+    help="Text that must not be forgotten (default: the guard's).",
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Also write stream.json and stream.png here.")
+@click.option("--threads", default=0, type=click.IntRange(min=0), help="0: every processor.")
+@click.option("--data-dir", type=click.Path(path_type=Path), help="Where converted base weights are kept.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+def stream(config_file: Path | None, data_dir: Path | None, threads: int, as_json: bool, **job: Any) -> None:
+    """Predict TEXT, a file or a folder, window by window, and learn from each window after it was predicted.
 
-    try:
-        yield
-    except (ModelError, OSError) as error:
-        raise click.ClickException(str(error)) from error
+    Shows what a rule saves against frozen routing on the same windows, beside an output bias that learns the same
+    way, and what it costs on other text. Nothing that a server keeps is read or written.
+    """
+    from server.stream.command import StreamJob
+    from server.stream.command import stream as run_stream
+
+    with errors_shown():
+        run_stream(
+            checked_settings(config_file, data_dir=data_dir), StreamJob(**job), threads, as_json=as_json
+        )
 
 
 if __name__ == "__main__":

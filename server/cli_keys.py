@@ -21,7 +21,7 @@ from server.settings import Settings
 Command = Callable[..., Any]  # Any: click's commands take what their options say
 
 
-class _Scope(click.ParamType[ScopeId]):
+class ScopeType(click.ParamType[ScopeId]):
     name = "scope"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> ScopeId:
@@ -30,12 +30,14 @@ class _Scope(click.ParamType[ScopeId]):
         except InvalidConfig as error:
             self.fail(str(error), param, ctx)
         if scope.kind == "anchor":
-            self.fail("the anchors never change; allowed: tenant:NAME or session:TENANT/NAME", param, ctx)
+            self.fail(
+                "the anchors never change; allowed: global, tenant:NAME or session:TENANT/NAME", param, ctx
+            )
         return scope
 
 
 SCOPE_OPTION = click.option(
-    "--scope", type=_Scope(), default="tenant:default", show_default=True, help="Whose keys."
+    "--scope", type=ScopeType(), default="tenant:default", show_default=True, help="Whose keys."
 )
 IF_VERSION_OPTION = click.option(
     "--if-version", type=click.IntRange(min=0), help="Change nothing unless the scope is at this version."
@@ -70,7 +72,7 @@ def list_(settings: Settings, *, as_json: bool) -> None:
                 names = {EVERY_SCOPE, str(head.scope), str(head.scope.parent)}
                 found.append({"endpoint": name, "scope": str(head.scope), "version": head.version,
                               "created_at": head.created_at, "frozen": bool(names & frozen)})  # fmt: skip
-    _print_table(found, ("endpoint", "scope", "version", "created_at", "frozen"), as_json=as_json)
+    print_table(found, ("endpoint", "scope", "version", "created_at", "frozen"), as_json=as_json)
 
 
 @_command
@@ -94,8 +96,8 @@ def show(settings: Settings, endpoint: str, scope: ScopeId, version: int | None,
         click.echo(json.dumps(about | {"layers": layers}))
         return
     for name, value in about.items():
-        click.echo(f"{name:<10}{_shown(name, value)}")
-    _print_table(layers, tuple(layers[0]), as_json=False)
+        click.echo(f"{name:<10}{shown_cell(name, value)}")
+    print_table(layers, tuple(layers[0]), as_json=False)
 
 
 @_command
@@ -105,12 +107,12 @@ def versions(settings: Settings, endpoint: str, scope: ScopeId, *, as_json: bool
     """The versions that are kept, newest first. Version 0, the anchors, is always there."""
     with stored_keys(settings, endpoint) as backend:
         rows = [_row(each) for each in backend.versions(scope)]
-    _print_table(rows, ("version", "parent", "created_at", "tokens", "drift_max", "reason"), as_json=as_json)
+    print_table(rows, ("version", "parent", "created_at", "tokens", "drift_max", "reason"), as_json=as_json)
 
 
 @_command
 @click.argument("endpoint")
-@click.option("--scope", type=_Scope(), help="Whose keys; a tenant's sessions included. Default: all.")
+@click.option("--scope", type=ScopeType(), help="Whose keys; a tenant's sessions included. Default: all.")
 def freeze(settings: Settings, endpoint: str, scope: ScopeId | None, *, as_json: bool) -> None:
     """Stop learning of one scope, or of all without --scope."""
     _set_frozen(settings, endpoint, scope, frozen=True, as_json=as_json)
@@ -118,7 +120,7 @@ def freeze(settings: Settings, endpoint: str, scope: ScopeId | None, *, as_json:
 
 @_command
 @click.argument("endpoint")
-@click.option("--scope", type=_Scope(), help="The scope that was frozen. Default: all.")
+@click.option("--scope", type=ScopeType(), help="The scope that was frozen. Default: all.")
 def unfreeze(settings: Settings, endpoint: str, scope: ScopeId | None, *, as_json: bool) -> None:
     """Undo a freeze of the same scope."""
     _set_frozen(settings, endpoint, scope, frozen=False, as_json=as_json)
@@ -142,7 +144,7 @@ def rollback(
     with key_store(settings, endpoint) as store:
         version = store.rollback(scope, to_version, if_version=if_version)
     done = {"endpoint": endpoint, "scope": str(scope), "version": version}
-    _print_done(done, f"{scope} is at version {version}, which is version {to_version} again", as_json)
+    print_done(done, f"{scope} is at version {version}, which is version {to_version} again", as_json)
 
 
 @_command
@@ -158,7 +160,7 @@ def export(
         view = store.snapshot(scope, version, file)
     done = {"endpoint": endpoint, "scope": str(scope), "version": view.version, "file": str(file),
             "checksum": view.checksum}  # fmt: skip
-    _print_done(done, f"version {view.version} of {scope} is in {file}", as_json)
+    print_done(done, f"version {view.version} of {scope} is in {file}", as_json)
 
 
 @_command
@@ -173,7 +175,25 @@ def import_(
     with key_store(settings, endpoint, may_create=True) as store:
         version = store.restore(scope, file, if_version=if_version)
     done = {"endpoint": endpoint, "scope": str(scope), "version": version, "file": str(file)}
-    _print_done(done, f"{scope} is at version {version}, the keys in {file}", as_json)
+    print_done(done, f"{scope} is at version {version}, the keys in {file}", as_json)
+
+
+@_command
+@click.argument("endpoint")
+@click.option("--scope", type=ScopeType(), help="What happened to these keys. Default: to any.")
+@click.option("--limit", type=click.IntRange(min=1), default=20, show_default=True, help="Newest events.")
+def audit(settings: Settings, endpoint: str, scope: ScopeId | None, limit: int, *, as_json: bool) -> None:
+    """Verify the audit trail's hash chain and print its newest events."""
+    with stored_keys(settings, endpoint) as backend:
+        verified = backend.verify_audit()
+        events = backend.audit_trail(scope, limit)
+    if as_json:
+        click.echo(json.dumps({"endpoint": endpoint, "verified": verified, "events": events}))
+        return
+    click.echo(f"{verified} events, the hash chain is whole")
+    columns = ("id", "at", "event", "scope", "version", "reason")
+    rows = [{name: event.get(name, "") for name in columns} for event in events]
+    print_table([{**row, "at": shown_cell("created_at", row["at"])} for row in rows], columns, as_json=False)
 
 
 def _set_frozen(
@@ -184,7 +204,7 @@ def _set_frozen(
         backend.set_frozen(name, frozen, datetime.now(UTC).timestamp())
     shown = None if scope is None else str(scope)
     text = f"{shown or 'every scope'} of {endpoint} is {'frozen' if frozen else 'no longer frozen by name'}"
-    _print_done({"endpoint": endpoint, "scope": shown, "frozen": frozen}, text, as_json)
+    print_done({"endpoint": endpoint, "scope": shown, "frozen": frozen}, text, as_json)
 
 
 def _row(row: VersionRow) -> dict[str, object]:
@@ -193,21 +213,21 @@ def _row(row: VersionRow) -> dict[str, object]:
             "checksum": row.checksum, "reason": row.reason}  # fmt: skip
 
 
-def _print_done(done: Mapping[str, object], text: str, as_json: bool) -> None:
+def print_done(done: Mapping[str, object], text: str, as_json: bool) -> None:
     click.echo(json.dumps(done) if as_json else text)
 
 
-def _print_table(rows: list[dict[str, object]], columns: tuple[str, ...], *, as_json: bool) -> None:
+def print_table(rows: list[dict[str, object]], columns: tuple[str, ...], *, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(rows))
         return
-    cells = [[*columns], *([_shown(name, row[name]) for name in columns] for row in rows)]
+    cells = [[*columns], *([shown_cell(name, row[name]) for name in columns] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for line in cells:
         click.echo("  ".join(map(str.ljust, line, widths)).rstrip())
 
 
-def _shown(name: str, value: object) -> str:
+def shown_cell(name: str, value: object) -> str:
     if name == "created_at":
         return datetime.fromtimestamp(float(str(value)), UTC).strftime("%Y-%m-%d %H:%M:%S")
     if isinstance(value, bool):

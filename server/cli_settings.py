@@ -1,5 +1,7 @@
 """The configuration as every command reads it: faults become a message and an exit status."""
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,17 @@ def checked_settings(config_file: Path | None, **flags: Any) -> Settings:
         faults = [f"  {'.'.join(map(str, e['loc'])) or 'configuration'}: {e['msg']}" for e in error.errors()]
         raise click.ClickException("the configuration is not valid:\n" + "\n".join(faults)) from error
     except (OSError, ValueError) as error:
+        raise click.ClickException(str(error)) from error
+
+
+@contextmanager
+def errors_shown() -> Generator[None, None, None]:
+    """What went wrong with a model, its files or its training text, as a message and an exit status of 1."""
+    from model.errors import ModelError
+
+    try:
+        yield
+    except (ModelError, OSError, ValueError) as error:
         raise click.ClickException(str(error)) from error
 
 

@@ -13,23 +13,31 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from keystore.errors import (
+    CanaryFailed,
+    ExpertGroupExists,
     InvalidConfig,
+    InvalidExperts,
     InvalidSnapshot,
     KeyVersionUnavailable,
     ModelMismatch,
     NonFiniteQueries,
     SnapshotExists,
+    UnknownExpertGroup,
     VersionConflict,
+    WrongGroupState,
 )
-from model.errors import ChatTemplateError
+from model.errors import ChatTemplateError, InvalidExpertFile
 from server import refusals
 from server.engine.errors import ContextLengthExceeded, EngineDraining, EngineOverloaded
+from server.feedback import UnknownAnswer
 from server.registry import (
     FlowStepsUnavailable,
     PlasticityUnavailable,
     RoutedExpertsInvalid,
     RoutedExpertsUnavailable,
     UnknownEndpoint,
+    ValueOffsetsUnavailable,
+    WithinRequestUnavailable,
 )
 
 DRAIN_RETRY_S = 10
@@ -81,6 +89,8 @@ TABLE: tuple[tuple[type[Exception], Problem], ...] = (
     (refusals.BodyTooLarge, _invalid("request_too_large", 413, Connection="close")),
     (refusals.BodyTooSlow, _invalid("request_timeout", 408, Connection="close")),
     (refusals.UnsupportedMediaType, _invalid("unsupported_media_type", 415)),
+    (refusals.Conflict, Problem(409, "conflict_error", "conflict", headers=NO_RETRY)),
+    (refusals.OverBudget, Problem(429, "rate_limit_error", "rate_limit_exceeded")),
     (refusals.NotServing, Problem(503, "server_error", "not_ready", headers={"Retry-After": "5"})),
     (
         refusals.TooManyListeners,
@@ -90,30 +100,48 @@ TABLE: tuple[tuple[type[Exception], Problem], ...] = (
     (EngineOverloaded, Problem(503, "server_error", "server_overloaded")),
     (EngineDraining, Problem(503, "server_error", "draining", headers={"Retry-After": str(DRAIN_RETRY_S)})),
     (UnknownEndpoint, _invalid("model_not_found", 404)),
+    (UnknownAnswer, _invalid("not_found", 404)),
     (PlasticityUnavailable, _invalid("invalid_value")),
     (FlowStepsUnavailable, _invalid("unsupported_parameter")),
     (RoutedExpertsUnavailable, _invalid("unsupported_parameter")),
     (RoutedExpertsInvalid, _invalid("invalid_value")),
+    (WithinRequestUnavailable, _invalid("invalid_value")),
+    (ValueOffsetsUnavailable, _invalid("unsupported_parameter")),
     (ChatTemplateError, _invalid("invalid_value")),
     (InvalidConfig, _invalid("invalid_value")),
     (NonFiniteQueries, _invalid("invalid_value")),
     (KeyVersionUnavailable, Problem(409, "conflict_error", "key_version_unavailable", headers=NO_RETRY)),
     (InvalidSnapshot, _invalid("invalid_value")),
     (ModelMismatch, _invalid("invalid_value")),
+    (CanaryFailed, Problem(409, "conflict_error", "canary_failed", headers=NO_RETRY)),
+    (InvalidExpertFile, _invalid("invalid_value")),
+    (InvalidExperts, _invalid("invalid_value")),
+    (UnknownExpertGroup, _invalid("not_found", 404)),
+    (ExpertGroupExists, Problem(409, "conflict_error", "conflict", headers=NO_RETRY)),
+    (WrongGroupState, Problem(409, "conflict_error", "conflict", headers=NO_RETRY)),
     (SnapshotExists, Problem(409, "conflict_error", "conflict", headers=NO_RETRY)),
     (VersionConflict, Problem(409, "conflict_error", "conflict", headers=NO_RETRY)),
 )  # fmt: skip
 PARAMS: dict[type[Exception], str] = {
     UnknownEndpoint: "model",
+    UnknownAnswer: "id",
     PlasticityUnavailable: "plasticity",
     FlowStepsUnavailable: "flow_steps",
     RoutedExpertsUnavailable: "return_routed_experts",
     RoutedExpertsInvalid: "routed_experts",
+    WithinRequestUnavailable: "within_request",
+    ValueOffsetsUnavailable: "value_offsets",
     ChatTemplateError: "messages",
     InvalidConfig: "scope",
     KeyVersionUnavailable: "key_version",
     InvalidSnapshot: "name",
     ModelMismatch: "name",
+    CanaryFailed: "name",
+    InvalidExpertFile: "file",
+    InvalidExperts: "name",
+    UnknownExpertGroup: "name",
+    ExpertGroupExists: "name",
+    WrongGroupState: "name",
     SnapshotExists: "name",
     VersionConflict: "if_version",
 }
@@ -137,7 +165,7 @@ def problem_of(error: Exception) -> Problem:
 
 def _completed(error: Exception, problem: Problem) -> Problem:
     """The parts of a problem that depend on more than the error's class."""
-    if isinstance(error, EngineOverloaded):
+    if isinstance(error, EngineOverloaded | refusals.OverBudget):
         return replace(problem, headers={"Retry-After": str(error.retry_after_s)})
     if isinstance(error, refusals.NotServing) and error.draining:
         return replace(problem, code="draining", headers={"Retry-After": str(DRAIN_RETRY_S)})

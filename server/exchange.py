@@ -6,6 +6,8 @@ from typing import Literal
 from starlette.requests import Request
 from starlette.types import Scope
 
+from server.learning_budget import LearningBudget
+
 Level = Literal["public", "user", "admin"]
 EXCHANGE = "exchange"
 
@@ -16,6 +18,7 @@ class Caller:
 
     tenant: str
     level: Level
+    budget: LearningBudget | None = None  # of the API key; None: it may teach without limit
 
 
 @dataclass(slots=True)

@@ -10,11 +10,13 @@ from typing import Literal
 
 import numpy as np
 
+from model.keys import KeyView
 from model.sampling import SamplingParams
 from model.tokenizer import TextTokenizer
 from server.answer_text import AnswerText, TextDelta
 from server.engine.errors import GenerationFailed
 from server.engine.mailbox import Mailbox
+from server.engine.renewal import KeySpan
 from server.engine.runner import EngineRunner
 from server.engine.sequence import Report, RoutedRows, Sequence
 
@@ -35,6 +37,8 @@ class GenerationRequest:
     key_version: int | None = None  # None: the scope's newest
     flow_steps: int | None = None  # None: the variant's own
     routed_experts: RoutedRows | None = None  # what the prompt's leading tokens take, as an answer told it
+    value_offsets: bool = False  # read, and with "learn" move, what the session adds to the experts
+    within_request: bool = False  # go on, window by window, with what the prompt has taught so far
     report: Report = field(default_factory=Report)
 
 
@@ -46,6 +50,8 @@ class KeyUse:
     scope: str | None
     plasticity: PlasticityMode
     learned_tokens: int
+    offset_windows: int | None = None  # that moved the value offsets it reads; None: it asked for none
+    spans: tuple[KeySpan, ...] = ()  # of an answer whose keys were renewed while it read its prompt
 
 
 class Generation:
@@ -61,7 +67,7 @@ class Generation:
         keys: KeyUse,
         report: Report,
     ):
-        self.keys = keys
+        self._keys = keys
         self.tokenizer = tokenizer
         self.prompt_tokens = len(sequence.prompt_token_ids)
         self._runner = runner
@@ -99,6 +105,22 @@ class Generation:
         finally:
             if not finished:
                 self.cancel()
+
+    @property
+    def keys(self) -> KeyUse:
+        """The keys in use so far."""
+        renewal = self._sequence.renewal
+        return self._keys if renewal is None else replace(self._keys, spans=tuple(renewal.spans))
+
+    @property
+    def key_view(self) -> KeyView | None:
+        """The newest keys in use, pinned by the answer."""
+        return self._sequence.keys
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """The prompt and what `deltas` has told of the answer."""
+        return (*self._sequence.prompt_token_ids, *self._sequence.generated[: self._generated])
 
     def cancel(self) -> None:
         """Give the slot and the memory back; harmless when the answer is already complete."""

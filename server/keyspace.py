@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keystore.errors import KeyVersionUnavailable
+from keystore.pool import GroupState
 from keystore.projection import (
     LoadBalance,
     layer_drift,
@@ -20,7 +21,7 @@ from keystore.projection import (
     min_pairwise_distance,
     nearest_neighbours,
 )
-from keystore.records import Float32Array, ScopeId
+from keystore.records import Float32Array, Int64Array, ScopeId
 from keystore.snapshot import KeySnapshot
 from keystore.store import KeyStore
 from server.registry import Endpoint
@@ -33,7 +34,7 @@ SortField = Literal["expert", "usage", "drift", "norm", "distance"]
 
 @dataclass(frozen=True, slots=True)
 class LayerReading:
-    """One layer of one version. Drift as a fraction of the trust radius."""
+    """The experts of one layer that one version sees. Drift as a fraction of the trust radius, of those that have one."""
 
     drift_max: float
     drift_mean: float
@@ -45,17 +46,18 @@ class DriftReadings:
     """Readings of versions, each computed once: a version never changes. Thread-safe."""
 
     def __init__(self) -> None:
-        self._known: OrderedDict[str, Mapping[int, LayerReading]] = OrderedDict()
+        self._known: OrderedDict[tuple[str, int, float], Mapping[int, LayerReading]] = OrderedDict()
         self._lock = threading.Lock()
 
     def of(self, store: KeyStore, view: KeySnapshot) -> Mapping[int, LayerReading]:
+        name = view.checksum, view.generation, store.gravity.for_scope(view.scope).trust_radius
         with self._lock:
-            known = self._known.get(view.checksum)
+            known = self._known.get(name)
         if known is not None:
             return known
         made = read_layers(store, view)
         with self._lock:
-            self._known[view.checksum] = made
+            self._known[name] = made
             while len(self._known) > READINGS_KEPT:
                 self._known.popitem(last=False)
         return made
@@ -63,13 +65,42 @@ class DriftReadings:
 
 def read_layers(store: KeyStore, view: KeySnapshot) -> Mapping[int, LayerReading]:
     """Every layer of a version, measured against the anchors."""
-    anchors, radius = anchors_of(store), store.gravity.trust_radius
+    anchors, radius = anchors_of(store), store.gravity.for_scope(view.scope).trust_radius
     readings: dict[int, LayerReading] = {}
     for layer, keys in view.keys.items():
-        drift = layer_drift(anchors[layer], keys, radius)
-        closest = min_pairwise_distance(keys) if len(keys) > 1 else 0.0
-        readings[layer] = LayerReading(drift.max, drift.mean, drift.moved, closest)
+        ids = visible_experts(view, layer)
+        drift = layer_drift(anchors[layer][ids], keys[ids], radius)
+        bounded = drift.of_radius[~settles(store, ids, layer)]
+        closest = min_pairwise_distance(keys[ids]) if len(ids) > 1 else 0.0
+        readings[layer] = LayerReading(float(bounded.max()), float(bounded.mean()), drift.moved, closest)
     return readings
+
+
+def visible_experts(view: KeySnapshot, layer: int) -> Int64Array:
+    """Rising ids of the experts of a layer that a version sees."""
+    visible = view.visible_ids(layer)
+    return np.arange(len(view.keys_of(layer))) if visible is None else visible
+
+
+def settles(store: KeyStore, expert_ids: Int64Array, layer: int) -> NDArray[np.bool_]:
+    """Which of these experts have no anchor to stay near yet."""
+    return np.isin(expert_ids, _ids_in(store, layer, "settling"))
+
+
+def retired_experts(store: KeyStore, layer: int) -> Int64Array:
+    """Ids that nobody sees any more."""
+    return _ids_in(store, layer, "retired")
+
+
+def born_experts(store: KeyStore, layer: int) -> int:
+    """How many experts the layer had before any were added."""
+    groups = store.expert_groups()
+    return len(anchors_of(store)[layer]) - sum(len(group.expert_ids.get(layer, ())) for group in groups)
+
+
+def _ids_in(store: KeyStore, layer: int, state: GroupState) -> Int64Array:
+    groups = [group for group in store.expert_groups() if group.state == state and layer in group.expert_ids]
+    return np.concatenate([np.empty(0, np.int64), *(group.expert_ids[layer] for group in groups)])
 
 
 def anchors_of(store: KeyStore) -> Mapping[int, Float32Array]:
@@ -85,7 +116,10 @@ def moved_experts(store: KeyStore, view: KeySnapshot) -> dict[int, list[int]] | 
         before = store.view(view.scope, view.parent).keys
     except KeyVersionUnavailable:
         return None
-    changed = {layer: (before[layer] != keys).any(axis=1) for layer, keys in view.keys.items()}
+    known = {layer: min(len(before[layer]), len(keys)) for layer, keys in view.keys.items()}
+    changed = {
+        layer: (before[layer][:n] != view.keys_of(layer)[:n]).any(axis=1) for layer, n in known.items()
+    }
     return {layer: np.flatnonzero(rows).tolist() for layer, rows in changed.items() if rows.any()}
 
 
@@ -100,10 +134,12 @@ def usage_share(load: NDArray[np.int64]) -> NDArray[np.float64]:
     return load / max(1, int(load.sum()))
 
 
-def load_of_layer(endpoint: Endpoint, layer: int) -> tuple[NDArray[np.int64], LoadBalance]:
-    """Tokens per expert (M,) of both phases, and how even they are."""
+def load_of_layer(
+    endpoint: Endpoint, layer: int, expert_ids: Int64Array
+) -> tuple[NDArray[np.int64], LoadBalance]:
+    """Tokens of both phases for each of these experts, and how even they are."""
     assert endpoint.usage is not None, endpoint.name
-    load: NDArray[np.int64] = endpoint.usage.counts[:, endpoint.usage.layers.index(layer)].sum(axis=0)
+    load: NDArray[np.int64] = endpoint.usage.of_layer(layer).sum(axis=0)[expert_ids]
     return load, load_balance(load.astype(np.float32))
 
 
@@ -114,33 +150,36 @@ class LayerColumns:
     usage: NDArray[np.int64]  # (phases, M)
     share: NDArray[np.float64]
     drift: NDArray[np.float64]  # relative to the anchor's norm
-    drift_of_radius: NDArray[np.float64]
+    drift_of_radius: NDArray[np.float64]  # NaN for an expert that settles: it has no radius
     norm: NDArray[np.float64]
 
 
 def layer_columns(endpoint: Endpoint, store: KeyStore, view: KeySnapshot, layer: int) -> LayerColumns:
     """Usage is the endpoint's since its start, whoever asked; the rest is the version's."""
     keys = view.keys_of(layer)
-    drift = layer_drift(anchors_of(store)[layer], keys, store.gravity.trust_radius)
+    radius = store.gravity.for_scope(view.scope).trust_radius
+    drift = layer_drift(anchors_of(store)[layer], keys, radius)
     assert endpoint.usage is not None, endpoint.name
-    usage = endpoint.usage.counts[:, endpoint.usage.layers.index(layer)].copy()
+    usage = endpoint.usage.of_layer(layer)[:, : len(keys)]
     norm = np.linalg.norm(keys.astype(np.float64), axis=1)
-    return LayerColumns(usage, usage_share(usage.sum(axis=0)), drift.relative, drift.of_radius, norm)
+    of_radius = np.where(settles(store, np.arange(len(keys)), layer), np.nan, drift.of_radius)
+    return LayerColumns(usage, usage_share(usage.sum(axis=0)), drift.relative, of_radius, norm)
 
 
-def ranked_experts(columns: LayerColumns, keys: Float32Array, sort: SortField, *, falling: bool) -> list[int]:
-    """Expert ids in the order asked for; equal ones by rising id."""
-    expert_ids = np.arange(len(keys))
+def ranked_experts(
+    columns: LayerColumns, keys: Float32Array, expert_ids: Int64Array, sort: SortField, *, falling: bool
+) -> Int64Array:
+    """These experts of a layer with keys (M, D) in the order asked for; equal ones by rising id."""
     by: NDArray[np.float64]
     match sort:
         case "distance":
-            _, by = nearest_neighbours(keys, range(len(keys)))
+            _, by = nearest_neighbours(keys[expert_ids], range(len(expert_ids)))
         case "expert":
             by = expert_ids.astype(np.float64)
         case "usage":
-            by = columns.share
+            by = columns.share[expert_ids]
         case "drift":
-            by = columns.drift
+            by = columns.drift[expert_ids]
         case "norm":
-            by = columns.norm
-    return np.lexsort((expert_ids, -by if falling else by)).tolist()
+            by = columns.norm[expert_ids]
+    return expert_ids[np.lexsort((expert_ids, -by if falling else by))]

@@ -5,6 +5,7 @@ Labels are bounded: endpoints, layers, experts and words from fixed lists; never
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +17,7 @@ from keystore.projection import load_balance
 from keystore.records import ScopeId
 from model.blocks.base import ExpertUsage
 from server.engine.engine import Observers
-from server.keyspace import DriftReadings, idle_experts
+from server.keyspace import DriftReadings, idle_experts, retired_experts
 from server.registry import Plasticity, Registry
 
 PREFIX = "libration_"
@@ -46,6 +47,19 @@ class Metrics:
             registry=self.registry,
         )
 
+        self._learned = Counter(
+            f"{PREFIX}learned_tokens",
+            "Tokens that requests were let teach with.",
+            ["model"],
+            registry=self.registry,
+        )
+        self._refused = Counter(
+            f"{PREFIX}learned_tokens_refused",
+            "Tokens that would have taught, by why they were not let.",
+            ["model", "reason"],
+            registry=self.registry,
+        )
+
     def observers(self) -> Observers:
         """What the engine reports latencies to."""
         return Observers(
@@ -57,6 +71,12 @@ class Metrics:
 
     def count_rejected(self, reason: str) -> None:
         self._rejected.labels(reason).inc()
+
+    def count_learned(self, endpoint: str, tokens: int) -> None:
+        self._learned.labels(endpoint).inc(tokens)
+
+    def count_refused(self, endpoint: str, reason: Literal["budget"], tokens: int) -> None:
+        self._refused.labels(endpoint, reason).inc(tokens)
 
     def watch(self, registry: Registry, version: str) -> None:
         """Read these endpoints at every scrape from now on."""
@@ -97,6 +117,9 @@ class EngineCollector(Collector):
         prompt = _counter("prompt_tokens", "Prompt tokens computed.", "model")
         generated = _counter("generation_tokens", "Tokens generated.", "model")
         finished = _counter("request_finished", "Requests ended, by why.", "model", "reason")
+        renewals = _counter(
+            "within_request_waits", "Waits of a prompt for what it taught.", "model", "outcome"
+        )
         for name, endpoint in self.served.endpoints.items():
             runner, counters = endpoint.runner, endpoint.runner.engine.counters
             running.add_metric([name], sum(s.endpoint == name for s in runner.running()))
@@ -106,7 +129,10 @@ class EngineCollector(Collector):
             for (of, reason), count in counters.finished.copy().items():
                 if of == name:
                     finished.add_metric([name, reason], count)
-        yield from (running, waiting, prompt, generated, finished)
+            for (of, outcome), count in counters.renewals.copy().items():
+                if of == name:
+                    renewals.add_metric([name, outcome], count)
+        yield from (running, waiting, prompt, generated, finished, renewals)
         yield from self._engines()
 
     def _engines(self) -> Iterator[Metric]:
@@ -143,7 +169,7 @@ class UsageCollector(Collector):
         )
         for name, endpoint in self.served.endpoints.items():
             if endpoint.usage is not None:
-                _add_usage(families, name, endpoint.usage)
+                _add_usage(families, name, endpoint.usage, endpoint.plasticity)
         yield from families
 
 
@@ -161,17 +187,19 @@ class KeyCollector(Collector):
         yield enabled
         plastic = {n: e.plasticity for n, e in self._served.endpoints.items() if e.plasticity is not None}
         yield from _learning(plastic)
+        yield from _canary(plastic)
+        yield from _value_offsets(plastic)
         yield from self._positions(plastic)
 
     def _positions(self, plastic: dict[str, Plasticity]) -> Iterable[Metric]:
-        version = _gauge("key_version", "Newest key version of any tenant.", "model")
+        version = _gauge("key_version", "Newest key version of any tenant or of all.", "model")
         drift = _gauge(
             "key_drift_ratio", "Distance from the anchor over the trust radius.", "model", "layer", "stat"
         )
         distance = _gauge("key_min_distance", "Between the two closest keys of a layer.", "model", "layer")
         for name, plasticity in plastic.items():
             store = plasticity.store
-            scopes = [s for s in store.scopes() if s.kind == "tenant"] or [ScopeId("anchor")]
+            scopes = [s for s in store.scopes() if s.kind in ("tenant", "global")] or [ScopeId("anchor")]
             views = [store.view(scope) for scope in scopes]
             version.add_metric([name], max(view.version for view in views))
             readings = [self._drift.of(store, view) for view in views]
@@ -207,20 +235,56 @@ def _learning(plastic: dict[str, Plasticity]) -> Iterable[Metric]:
     return updates, dropped, duration, lag, degraded, recall, builds
 
 
-def _add_usage(families: tuple[Metric, ...], name: str, usage: ExpertUsage) -> None:
+def _canary(plastic: dict[str, Plasticity]) -> Iterable[Metric]:
+    """Nothing of an endpoint before its first probe. The worst of the newest readings of all scopes."""
+    loss = _gauge("canary_loss_nats", "Loss of the canary text; worst of all scopes.", "model", "keys")
+    overlap = _gauge("canary_overlap_ratio", "Routing kept of the anchors'; worst of all scopes.", "model")
+    rollbacks = _counter("rollbacks", "Scopes sent back to an older version.", "model", "reason")
+    for name, plasticity in plastic.items():
+        readings = plasticity.store.canary_readings().values()
+        if readings:
+            loss.add_metric([name, "anchors"], max(each.anchors_loss_nats for each in readings))
+            loss.add_metric([name, "worst"], max(each.loss_nats for each in readings))
+            overlap.add_metric([name], min(each.overlap for each in readings))
+        for reason, count in plasticity.store.counters().rollbacks.items():
+            rollbacks.add_metric([name, reason], count)
+    return loss, overlap, rollbacks
+
+
+def _value_offsets(plastic: dict[str, Plasticity]) -> Iterable[Metric]:
+    """Nothing of an endpoint that does not offer them."""
+    sessions = _gauge("value_offsets_sessions", "Sessions that hold value offsets.", "model")
+    held = _gauge("value_offsets_bytes", "Memory of all sessions' value offsets.", "model")
+    windows = _counter("value_offsets_windows", "Windows that moved offsets or not.", "model", "outcome")
+    for name, plasticity in plastic.items():
+        if plasticity.value_offsets is None:
+            continue
+        count, size_bytes = plasticity.value_offsets.held()
+        sessions.add_metric([name], count)
+        held.add_metric([name], size_bytes)
+        for outcome, moved in plasticity.value_offsets.windows.copy().items():
+            windows.add_metric([name, outcome], moved)
+    return sessions, held, windows
+
+
+def _add_usage(
+    families: tuple[Metric, ...], name: str, usage: ExpertUsage, plasticity: Plasticity | None
+) -> None:
     expert_tokens, layer_tokens, imbalance, jain, entropy, idle = families
-    counts: NDArray[np.int64] = usage.counts.copy()  # (phases, layers, experts)
-    in_detail = counts[0].size <= EXPERT_DETAIL_LIMIT
-    for index, layer in enumerate(usage.layers):
-        for phase, matrix in zip(usage.PHASES, counts, strict=True):
+    counts = {layer: usage.of_layer(layer) for layer in usage.layers}  # (phases, experts) each
+    in_detail = sum(each.shape[1] for each in counts.values()) <= EXPERT_DETAIL_LIMIT
+    for layer, by_phase in counts.items():
+        for phase, row in zip(usage.PHASES, by_phase, strict=True):
             labels = {"model": name, "layer": str(layer), "phase": phase}
-            routed = int(matrix[index].sum()) // usage.num_experts_per_tok
+            routed = int(row.sum()) // usage.num_experts_per_tok
             layer_tokens.add_sample(f"{layer_tokens.name}_total", labels, routed)
-            for expert, tokens in enumerate(matrix[index].tolist() if in_detail else ()):
+            for expert, tokens in enumerate(row.tolist() if in_detail else ()):
                 expert_tokens.add_sample(
                     f"{expert_tokens.name}_total", labels | {"expert": str(expert)}, tokens
                 )
-        load = counts[:, index].sum(axis=0)
+        load: NDArray[np.int64] = by_phase.sum(axis=0)
+        if plasticity is not None:
+            load = np.delete(load, retired_experts(plasticity.store, layer))
         balance = load_balance(load.astype(np.float32))
         labels = {"model": name, "layer": str(layer)}
         imbalance.add_sample(imbalance.name, labels, balance.imbalance)

@@ -41,7 +41,7 @@ class TrainingJob:
 
 def train_variant(variant: str, job: TrainingJob, data_dir: Path, device: str, threads: int) -> None:
     """Choose a learning rate if several are given, then train or resume; the result is `run/blocks`."""
-    base = _open_base(data_dir, device, threads)
+    base = open_base(data_dir, device, threads)
     build(job.data, base.tokenizer, {"train": job.tokens_per_domain})
     _build_chat(base, job.data, "train", job.chat_tokens)
     windows, cache = load(job.data, "train"), job.data / "lower"
@@ -82,7 +82,7 @@ def evaluate_blocks(
     as_json: bool,
 ) -> None:
     """Print the loss of every domain with and without each folder's blocks."""
-    base = _open_base(data_dir, device, threads)
+    base = open_base(data_dir, device, threads)
     build(data, base.tokenizer, {split: MEASURING_TOKENS[split]})
     if split == "heldout":
         _build_chat(base, data, split, CHAT_MEASURING_TOKENS)
@@ -127,6 +127,6 @@ def _build_chat(base: BaseModel, data: Path, split: str, tokens: int) -> None:
         save(data, split, conversations(base.transformer, base.tokenizer, split, tokens))
 
 
-def _open_base(data_dir: Path, device: str, threads: int) -> BaseModel:
+def open_base(data_dir: Path, device: str, threads: int) -> BaseModel:
     torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
     return load_base(find_base_file(), torch.bfloat16, data_dir / "cache", device)

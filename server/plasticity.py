@@ -1,55 +1,71 @@
-"""From routed prompts to windows of statistics: credit, windows counted in tokens, and what is dropped.
+"""From routed prompts to windows of statistics: windows counted in tokens, and what is dropped.
 
-Knows the model's traces and the key store's statistics; each knows nothing of the other.
+Knows lessons and the key store's statistics; how lessons become credit is `server.crediting`.
 """
 
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
 from keystore.errors import NonFiniteStatistics
-from keystore.gravity import credit_weights, scale_queries
-from keystore.records import GravityConfig, RoutingStats, ScopeId, TokenTrace
+from keystore.records import GravityConfig, ScopeId
+from keystore.statistics import RoutingStats
 from keystore.store import KeyStore
-from model.credit import expert_credit, loss_gradient
+from model.blocks.base import ExpertBlock
 from model.transformer import Transformer
+from server.background import BackgroundWork
+from server.crediting import Crediting, LayerRows, LessonOutOfTurn, RowsByLayer
 from server.engine.sequence import Lesson
 
-MAX_OPEN_WINDOWS = 256  # scopes whose current window is not full yet; the oldest is closed early beyond that
+logger = logging.getLogger(__name__)
 
-Rows = tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]  # expert ids, queries, raw credit
+MAX_OPEN_WINDOWS = 256  # scopes whose current window is not full yet; the oldest is closed early beyond that
+DRAIN_S = 10.0  # how long a flush waits for credit that is still being computed
 
 
 @dataclass(slots=True)
 class OpenWindow:
     """Tokens that wait for their window to fill up, per layer."""
 
-    rows: dict[int, list[Rows]] = field(default_factory=dict[int, list[Rows]])
+    rows: dict[int, list[LayerRows]] = field(default_factory=dict[int, list[LayerRows]])
     tokens: int = 0
+
+    def add(self, added: RowsByLayer) -> None:
+        for layer, rows in added.items():
+            self.rows.setdefault(layer, []).append(rows)
+        self.tokens += len(next(iter(added.values())))
 
 
 class Teacher:
     """Collects what prompts teach, scope by scope, and gives whole windows to the key store.
 
     A window is a number of tokens: where requests, chunks or batches began and ended leaves no mark on it.
-    Lessons come from the engine thread; `flush` may come from another.
+    Lessons come from the engine thread; `gradient` credit is computed in a thread of its own, which `close` ends.
     """
 
-    def __init__(self, model: Transformer, store: KeyStore, gravity: GravityConfig, num_experts: int):
-        self._model = model
+    def __init__(
+        self,
+        model: Transformer,
+        store: KeyStore,
+        gravity: GravityConfig,
+        blocks: Mapping[int, ExpertBlock],
+        plastic_layers: frozenset[int],
+    ):
         self._store = store
         self._gravity = gravity
-        self._num_experts = num_experts
+        self._crediting = Crediting(model, blocks, plastic_layers, gravity)
         self._anchor_norms: Mapping[int, float] = {
             layer: float(np.linalg.norm(keys, axis=1).mean())
             for layer, keys in store.view(ScopeId("anchor")).keys.items()
         }
         self._open: OrderedDict[ScopeId, OpenWindow] = OrderedDict()
         self._lock = threading.Lock()
+        store.subscribe_deleted(self.discard)
+        self.background = BackgroundWork() if gravity.rule == "gradient" else None
 
     def lesson_taker(self, scope: ScopeId) -> Callable[[Lesson], None]:
         """What a sequence of this scope hands its prompt chunks to."""
@@ -59,74 +75,88 @@ class Teacher:
 
         return take
 
-    def take(self, scope: ScopeId, lesson: Lesson) -> None:
-        """Add one chunk's tokens to the scope's window, and submit every window that it fills."""
-        added = self._rows(lesson)
+    def take(self, scope: ScopeId, lesson: Lesson, reward: float = 1.0, first: int = 0) -> None:
+        """Add one chunk's tokens, those from row `first` on, to the scope's window, now or in their turn."""
+
+        def add(rows: RowsByLayer | None) -> None:
+            if rows is not None:
+                self.add(scope, {layer: each.cut(slice(first, None)) for layer, each in rows.items()})
+
+        self.credit(scope, lesson, reward, add)
+
+    def credit(
+        self, scope: ScopeId, lesson: Lesson, reward: float, then: Callable[[RowsByLayer | None], None]
+    ) -> None:
+        """Hand the lesson's rows to `then`: now or, with gradient credit, in their turn; None if dropped and counted."""
+        if self.background is None:
+            then(self._crediting.rows(lesson, reward, self._store.settling_ids(scope)))
+        elif not self.background.put(lambda: then(self._rows_in_turn(scope, lesson, reward))):
+            self._store.count_dropped("credit_behind")
+            then(None)
+
+    def add(self, scope: ScopeId, added: RowsByLayer) -> None:
+        """Add tokens to the scope's window, and submit every window that they fill."""
         with self._lock:
             window = self._open.setdefault(scope, OpenWindow())
             self._open.move_to_end(scope)
-            for layer, rows in added.items():
-                window.rows.setdefault(layer, []).append(rows)
-            window.tokens += len(lesson.targets)
+            window.add(added)
             while window.tokens >= self._gravity.window_tokens:
-                self._submit(scope, window, self._gravity.window_tokens)
+                self.submit(scope, window, self._gravity.window_tokens)
             if not window.tokens:
                 del self._open[scope]
             while len(self._open) > MAX_OPEN_WINDOWS:
                 oldest, waiting = self._open.popitem(last=False)
-                self._submit(oldest, waiting, waiting.tokens)
+                self.submit(oldest, waiting, waiting.tokens)
 
     def flush(self) -> None:
-        """Submit what is left in windows that are not full, before a shutdown."""
+        """Submit what is left in windows that are not full, after credit that is still being computed."""
+        if self.background is not None:
+            self.background.drain(DRAIN_S)
         with self._lock:
             while self._open:
                 scope, window = self._open.popitem(last=False)
-                self._submit(scope, window, window.tokens)
+                self.submit(scope, window, window.tokens)
 
     def discard(self, scope: ScopeId) -> None:
         """Drop the scope's open window: its credit was earned with keys that are being replaced."""
         with self._lock:
             self._open.pop(scope, None)
 
-    def _rows(self, lesson: Lesson) -> dict[int, Rows]:
-        count = len(lesson.targets)
-        direct = self._gravity.rule == "direct"
-        gradient = loss_gradient(self._model, lesson.hidden, lesson.targets) if direct else None
-        added: dict[int, Rows] = {}
-        for layer, trace in lesson.trace.by_layer.items():
-            ids = trace.expert_ids[:count].numpy(force=True)
-            queries = trace.queries[:count].numpy(force=True)
-            credit = (
-                np.ones(ids.shape, dtype=np.float32)
-                if gradient is None
-                else expert_credit(trace, gradient).numpy(force=True)
-            )
-            added[layer] = (ids, queries, credit)
-        return added
+    def close(self) -> None:
+        """Submit what there is and end the thread, before a shutdown."""
+        self.flush()
+        if self.background is not None:
+            self.background.stop()
 
-    def _submit(self, scope: ScopeId, window: OpenWindow, tokens: int) -> None:
-        """Cut the oldest `tokens` tokens out of the window and give their sums to the store."""
-        traces: dict[int, TokenTrace] = {}
+    def submit(
+        self, scope: ScopeId, window: OpenWindow, tokens: int, done: Callable[[], None] | None = None
+    ) -> bool:
+        """Cut the oldest `tokens` tokens out of the window and give their sums to the store.
+
+        False when they are not taken, which is counted; else `done` is called as `KeyStore.submit` says.
+        """
+        view = self._store.view(scope)
+        traces = {}
         for layer, pieces in window.rows.items():
-            ids, queries, credit = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
-            window.rows[layer] = [(ids[tokens:], queries[tokens:], credit[tokens:])]
-            traces[layer] = self._trace(layer, (ids[:tokens], queries[:tokens], credit[:tokens]))
+            rows = LayerRows.joined(pieces)
+            window.rows[layer] = [rows.cut(slice(tokens, None))]
+            experts = len(view.keys_of(layer))
+            traces[layer] = rows.cut(slice(tokens)).trace(self._gravity, self._anchor_norms[layer], experts)
         window.tokens -= tokens
         bonding = self._gravity.bonding_rate > 0
         try:
             stats = RoutingStats.from_tokens(scope, traces, coactivation=bonding)
         except NonFiniteStatistics:
             self._store.count_dropped("non_finite")
-            return
-        self._store.submit(stats)
+            return False
+        return self._store.submit(stats, done)
 
-    def _trace(self, layer: int, rows: Rows) -> TokenTrace:
-        ids, queries, credit = rows
-        if self._gravity.rule == "literal":
-            return TokenTrace(ids, queries, None, self._num_experts)
-        return TokenTrace(
-            ids,
-            scale_queries(queries, self._anchor_norms[layer]),
-            credit_weights(credit, self._gravity.credit_clamp),
-            self._num_experts,
-        )
+    def _rows_in_turn(self, scope: ScopeId, lesson: Lesson, reward: float) -> RowsByLayer | None:
+        try:
+            return self._crediting.rows(lesson, reward, self._store.settling_ids(scope))
+        except LessonOutOfTurn:
+            self._store.count_dropped("credit_behind")
+        except Exception:
+            self._store.count_dropped("credit_failed")
+            logger.exception("credit of a lesson failed")
+        return None

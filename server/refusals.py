@@ -11,6 +11,8 @@ RequestError
 ├── BodyTooLarge          more bytes than a body may have
 ├── BodyTooSlow           the body did not arrive in time
 ├── UnsupportedMediaType  the body is not declared as JSON
+├── Conflict              the request contradicts what is already so
+├── OverBudget            the API key has used up what it may teach
 ├── TooManyListeners      the event streams that the server bears are taken
 └── NotServing            the server cannot answer now; the message says why
 """
@@ -62,6 +64,18 @@ class BodyTooSlow(RequestError):
 
 class UnsupportedMediaType(RequestError):
     """Only application/json is read."""
+
+
+class Conflict(RequestError):
+    """It would not help to ask again."""
+
+
+class OverBudget(RequestError):
+    """Come back when the budget has filled up."""
+
+    def __init__(self, message: str, retry_after_s: int):
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class TooManyListeners(RequestError):

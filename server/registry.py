@@ -2,20 +2,28 @@
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from keystore.records import ScopeId
 from keystore.store import KeyStore
 from model.blocks.base import ExpertUsage
 from model.keys import KeyView
 from model.tokenizer import TextTokenizer
+from server.added_experts import AddedExperts
 from server.engine.errors import ContextLengthExceeded
+from server.engine.renewal import KeyRenewal, KeySpan
 from server.engine.runner import EngineRunner
 from server.engine.sequence import Lesson, RoutedRows, Sequence
 from server.generation import Generation, GenerationRequest, KeyUse, PlasticityMode, open_mailbox
 from server.plasticity import Teacher
+from server.prompt_windows import learn_within
+from server.value_offsets import Session, ValueOffsets
+
+Teach = Callable[[Lesson], None]
 
 
 class UnknownEndpoint(LookupError):
@@ -30,8 +38,16 @@ class FlowStepsUnavailable(ValueError):
     """The request asks for integration steps of an endpoint that has no flow-matching experts."""
 
 
+class WithinRequestUnavailable(ValueError):
+    """The request asks to learn from its prompt's beginning before the end, where nothing can be learned so."""
+
+
 class RoutedExpertsUnavailable(ValueError):
     """The request asks which experts worked, of an endpoint that has none."""
+
+
+class ValueOffsetsUnavailable(ValueError):
+    """The request asks for value offsets where there are none, or without a session to learn them from."""
 
 
 class RoutedExpertsInvalid(ValueError):
@@ -40,11 +56,35 @@ class RoutedExpertsInvalid(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Plasticity:
-    """The moving part of an endpoint: its key store, what turns prompts into statistics, the default mode."""
+    """The moving part of an endpoint: its key store, what turns prompts into statistics, the defaults."""
 
     store: KeyStore
     teacher: Teacher
+    experts: AddedExperts
     default: PlasticityMode
+    learn_scope: Literal["tenant", "global"] = "tenant"
+    value_offsets: ValueOffsets | None = None  # None: the endpoint does not offer them
+
+    def scope_of(self, tenant: str, session_id: str | None = None) -> ScopeId:
+        """Whose keys a request reads and teaches. Raises InvalidConfig on a name that is none."""
+        if session_id is not None:
+            return ScopeId("session", tenant, session_id)
+        return ScopeId("global") if self.learn_scope == "global" else ScopeId("tenant", tenant)
+
+    def forget_lessons(self, scope: ScopeId) -> None:
+        """Drop what was learned with the scope's keys beside them: they are being replaced."""
+        self.teacher.discard(scope)
+        if self.value_offsets is not None:
+            self.value_offsets.drop(scope)
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """A request that reads `keys`, and who gets the routing of its prompt, on the engine's thread."""
+
+    request: GenerationRequest
+    keys: KeyView
+    watch: Callable[[Lesson], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +105,8 @@ class Endpoint:
         """Queue a request. Needs a running event loop.
 
         Raises ContextLengthExceeded, EngineOverloaded, EngineDraining, PlasticityUnavailable,
-        FlowStepsUnavailable, RoutedExpertsUnavailable, RoutedExpertsInvalid and the key store's
-        KeyVersionUnavailable.
+        FlowStepsUnavailable, RoutedExpertsUnavailable, RoutedExpertsInvalid, ValueOffsetsUnavailable and the
+        key store's KeyVersionUnavailable.
         """
         return self.start_all([request])[0]
 
@@ -76,14 +116,13 @@ class Endpoint:
         self.runner.submit(*(sequence for sequence, _ in made))
         return [generation for _, generation in made]
 
-    def start_watched(
-        self, request: GenerationRequest, keys: KeyView, watch: Callable[[Lesson], None]
-    ) -> Generation:
-        """Queue a request that reads `keys`; its prompt's routing goes to `watch`, on the engine's thread."""
-        sequence, generation = self._prepare(request)
-        sequence.keys, sequence.teach = keys, watch
-        self.runner.submit(sequence)
-        return generation
+    def start_watched(self, *watched: Watched) -> list[Generation]:
+        """Queue requests, all or none, that read given keys and teach whoever watches; raises as `start`."""
+        made = [self._prepare(each.request) for each in watched]
+        for (sequence, _), each in zip(made, watched, strict=True):
+            sequence.keys, sequence.teach = each.keys, each.watch
+        self.runner.submit(*(sequence for sequence, _ in made))
+        return [generation for _, generation in made]
 
     def _prepare(self, request: GenerationRequest) -> tuple[Sequence, Generation]:
         prompt, wanted = len(request.prompt_token_ids), request.params.max_tokens
@@ -97,9 +136,16 @@ class Endpoint:
             raise RoutedExpertsUnavailable(
                 f"endpoint {self.name!r} has no experts: 'return_routed_experts' does not apply"
             )
-        if request.routed_experts is not None:
-            self._check_prescribed(request.routed_experts, prompt)
         use, keys, teach = self._keys_for(request)
+        if request.routed_experts is not None:
+            self._check_prescribed(request.routed_experts, prompt, keys)
+        renewal, session = None, None
+        if request.within_request:
+            renewal, teach = self._learn_within(request, use, keys, teach)
+            use = replace(use, spans=(KeySpan(0, use.key_version or 0),))
+        if request.value_offsets:
+            session, teach = self._with_offsets(request, use, teach)
+            use = replace(use, offset_windows=session.offsets.windows)
         mailbox = open_mailbox()
         sequence = Sequence(
             sequence_id=request.request_id,
@@ -115,32 +161,44 @@ class Endpoint:
             flow_steps=request.flow_steps,
             report=request.report,
             forced=request.routed_experts,
+            offsets=None if session is None or keys is None else session.newest(keys),
+            newest_offsets=None if session is None else session.newest,
+            renewal=renewal,
         )
         return sequence, Generation(
             self.runner, sequence, mailbox, self.tokenizer, request.stop, use, request.report
         )
 
-    def _check_prescribed(self, expert_ids: RoutedRows, prompt_tokens: int) -> None:
+    def _check_prescribed(self, expert_ids: RoutedRows, prompt_tokens: int, keys: KeyView | None) -> None:
         if self.usage is None or self.variant in ("mom", "ffn"):
             raise RoutedExpertsInvalid(
                 f"endpoint {self.name!r} does not choose experts: 'routed_experts' does not apply"
             )
         layers, per_token = len(self.usage.layers), self.usage.num_experts_per_tok
-        num_experts = self.usage.counts.shape[2]
         if expert_ids.shape[1:] != (layers, per_token) or len(expert_ids) > prompt_tokens:
             raise RoutedExpertsInvalid(
                 f"routed_experts has shape {expert_ids.shape}; allowed: at most {prompt_tokens} tokens of the prompt, "
                 f"{layers} layers, {per_token} experts"
             )
         in_order = np.sort(expert_ids, axis=2)
-        if (expert_ids >= num_experts).any() or (in_order[..., 1:] == in_order[..., :-1]).any():
-            raise RoutedExpertsInvalid(
-                f"routed_experts must name different experts for a token, from 0 to {num_experts - 1}"
-            )
+        if (in_order[..., 1:] == in_order[..., :-1]).any():
+            raise RoutedExpertsInvalid("routed_experts must name different experts for a token")
+        for i, layer in enumerate(self.usage.layers):
+            allowed = self._experts_to_name(layer, keys)
+            if not np.isin(expert_ids[:, i], allowed).all():
+                raise RoutedExpertsInvalid(
+                    f"routed_experts must name experts that layer {layer} has: {len(allowed)}, up to {allowed[-1]}"
+                )
 
-    def _keys_for(
-        self, request: GenerationRequest
-    ) -> tuple[KeyUse, KeyView | None, Callable[[Lesson], None] | None]:
+    def _experts_to_name(self, layer: int, keys: KeyView | None) -> NDArray[np.int64]:
+        """Rising ids of the experts of a layer that a request may prescribe."""
+        assert self.usage is not None, self.name
+        if keys is None:
+            return np.arange(self.usage.of_layer(layer).shape[1])
+        visible = keys.visible_ids(layer)
+        return np.arange(len(keys.keys_of(layer))) if visible is None else visible
+
+    def _keys_for(self, request: GenerationRequest) -> tuple[KeyUse, KeyView | None, Teach | None]:
         """What the request reads, pinned now for its whole life, and whom it teaches."""
         if self.plasticity is None:
             if request.key_version is not None or request.plasticity not in (None, "off"):
@@ -154,16 +212,61 @@ class Endpoint:
                 raise PlasticityUnavailable("a request pinned by 'key_version' can read but not learn")
             mode = "read"
         store = self.plasticity.store
-        scope = (
-            ScopeId("session", request.tenant, request.session_id)
-            if request.session_id is not None
-            else ScopeId("tenant", request.tenant)
-        )
-        view = store.view(scope, 0 if mode == "off" and request.key_version is None else request.key_version)
+        scope = self.plasticity.scope_of(request.tenant, request.session_id)
+        # Off means the anchors alone: not even what settles in the scope.
+        off = mode == "off" and request.key_version is None
+        view = store.view(ScopeId("anchor")) if off else store.view(scope, request.key_version)
         learns = mode == "learn" and not store.is_frozen(scope)
         offered = len(request.prompt_token_ids) - 1 if learns else 0
         teach = self.plasticity.teacher.lesson_taker(scope) if learns else None
         return KeyUse(view.version, str(scope), mode, offered), view, teach
+
+    def _learn_within(
+        self, request: GenerationRequest, use: KeyUse, keys: KeyView | None, teach: Teach | None
+    ) -> tuple[KeyRenewal | None, Teach | None]:
+        """What renews the keys while the prompt is being read; nothing does in a frozen scope."""
+        if self.plasticity is None or keys is None or use.plasticity != "learn":
+            raise WithinRequestUnavailable(
+                "'within_request' needs an endpoint with keys and plasticity 'learn'"
+            )
+        scope = self.plasticity.scope_of(request.tenant, request.session_id)
+        if scope.kind == "global":
+            raise WithinRequestUnavailable(
+                "what everybody teaches is judged first: 'within_request' needs a 'session_id' here"
+            )
+        if teach is None:
+            return None, None
+        return learn_within(
+            self.plasticity.teacher,
+            self.plasticity.store,
+            scope,
+            keys,
+            len(request.prompt_token_ids),
+            self.runner.wake,
+        )
+
+    def _with_offsets(
+        self, request: GenerationRequest, use: KeyUse, teach: Teach | None
+    ) -> tuple[Session, Teach | None]:
+        """The session whose value offsets the request reads; what teaches its keys moves them as well."""
+        held = None if self.plasticity is None else self.plasticity.value_offsets
+        if held is None or self.plasticity is None:
+            raise ValueOffsetsUnavailable(
+                f"endpoint {self.name!r} has no value offsets: 'value_offsets' does not apply"
+            )
+        if request.session_id is None or use.plasticity == "off":
+            raise ValueOffsetsUnavailable(
+                "'value_offsets' are a session's own; allowed: with 'session_id' and plasticity 'read' or 'learn'"
+            )
+        session = held.open(self.plasticity.scope_of(request.tenant, request.session_id))
+        if teach is None:
+            return session, None
+
+        def teach_both(lesson: Lesson) -> None:
+            teach(lesson)
+            held.take(session, lesson)
+
+        return session, teach_both
 
 
 class Registry:

@@ -12,7 +12,7 @@ from model.keys import KeyView
 from model.sampling import SamplingParams
 from server.engine.sequence import Lesson
 from server.generation import GenerationRequest
-from server.registry import Endpoint
+from server.registry import Endpoint, Watched
 
 
 async def trace_queries(
@@ -30,7 +30,7 @@ async def trace_queries(
         params=SamplingParams(max_tokens=1, temperature=0.0),
         plasticity="off",
     )
-    generation = endpoint.start_watched(request, keys, watch)
+    (generation,) = endpoint.start_watched(Watched(request, keys, watch))
     try:
         async for _ in generation.deltas():
             pass

@@ -16,7 +16,8 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from keystore.records import GravityConfig
+from keystore.canary import GuardConfig
+from keystore.records import GravityConfig, SessionEviction
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
@@ -37,6 +38,7 @@ class ApiKeySettings(Section):
     key_file: Path | None = None
     tenant: str = Field(default="default", min_length=1, max_length=128, pattern=r"^[^/\s]+$")
     level: Literal["user", "admin"] = "user"
+    learned_tokens_per_hour: Count | None = None  # None: it may teach without limit
 
     @model_validator(mode="after")
     def _one_source(self) -> "ApiKeySettings":
@@ -88,7 +90,7 @@ class EngineSettings(Section):
 class GravitySettings(Section):
     """Defaults of `keystore.records.GravityConfig`, which also checks the ranges."""
 
-    rule: Literal["literal", "direct"] = GravityConfig().rule
+    rule: Literal["literal", "direct", "gradient"] = GravityConfig().rule
     plasticity_rate: float = GravityConfig().plasticity_rate
     bonding_rate: float = GravityConfig().bonding_rate
     usage_threshold: float = GravityConfig().usage_threshold
@@ -100,8 +102,13 @@ class GravitySettings(Section):
     dark_energy: Literal["decay", "decay_to_zero", "repulsion", "none"] = GravityConfig().dark_energy
     repulsion_rate: float = GravityConfig().repulsion_rate
     trust_radius: float = GravityConfig().trust_radius
+    global_trust_radius: float = GravityConfig().global_trust_radius
     window_tokens: int = GravityConfig().window_tokens
     credit_clamp: float = GravityConfig().credit_clamp
+    credit_candidates: int = GravityConfig().credit_candidates
+    settling_warmup_tokens: int = GravityConfig().settling_warmup_tokens
+    settling_ridge: float = GravityConfig().settling_ridge
+    settling_halflife_tokens: int = GravityConfig().settling_halflife_tokens
 
     @model_validator(mode="after")
     def _in_range(self) -> "GravitySettings":
@@ -119,8 +126,43 @@ class KeyStoreSettings(Section):
     versions_in_memory: Count = 8
     versions_on_disk: Count = 64
     max_sessions: Count = 1024
+    session_eviction: SessionEviction = "save"  # of the session used longest ago, above max_sessions
     session_ttl_s: Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)] = 3600.0
     exact_limit: Count = 16_384  # keys a layer; larger ones are searched through inverted lists
+
+
+class FeedbackSettings(Section):
+    """How long, and how many, answers are remembered so that they can be judged."""
+
+    keep_s: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] = 600.0
+    keep_answers: Count = 1024  # an answer of several choices counts as often
+
+
+class ValueOffsetsSettings(Section):
+    """What a session may add to the experts' outputs, for requests that ask for it. Kept as long as sessions are."""
+
+    enabled: bool = False
+    rate: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = (
+        0.015  # eta; of the residual stream's length
+    )
+    bound: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = (
+        0.1  # longest offset, of the same length
+    )
+
+
+class GuardSettings(Section):
+    """Limits of `keystore.canary.GuardConfig`, and the text that they are measured on."""
+
+    enabled: bool = True
+    canary_file: Path | None = None  # UTF-8 text; None: English and Python that come with the interpreter
+    max_loss_increase: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = (
+        GuardConfig().max_loss_increase
+    )
+    min_overlap: Ratio = GuardConfig().min_overlap
+    tenant_every_versions: Count = GuardConfig().tenant_every_versions
+
+    def config(self) -> GuardConfig:
+        return GuardConfig(self.max_loss_increase, self.min_overlap, self.tenant_every_versions)
 
 
 class EndpointSettings(Section):
@@ -130,12 +172,22 @@ class EndpointSettings(Section):
     weights: Path | None = None  # a folder of expert blocks; None: those shipped with Libration
     device: str | None = None  # None: the engine's; endpoints of one device share its base and its batches
     plasticity: Literal["off", "read", "learn"] = "learn"  # what a request gets that does not say
+    learn_scope: Literal["tenant", "global"] = (
+        "tenant"  # whose keys a request without session_id reads and teaches
+    )
     plastic_layers: tuple[int, ...] | None = None  # None: the upper half of the layers that have blocks
     gravity: GravitySettings = GravitySettings()
+    value_offsets: ValueOffsetsSettings = ValueOffsetsSettings()
 
     @model_validator(mode="after")
     def _fits_the_variant(self) -> "EndpointSettings":
-        plastic_only = {"plasticity", "plastic_layers", "gravity"} & self.model_fields_set
+        plastic_only = {
+            "plasticity",
+            "learn_scope",
+            "plastic_layers",
+            "gravity",
+            "value_offsets",
+        } & self.model_fields_set
         if self.variant != "some" and plastic_only:
             raise ValueError(
                 f"variant {self.variant!r} has no routing keys: leave out {', '.join(sorted(plastic_only))}"
@@ -165,15 +217,22 @@ class Settings(BaseSettings):
     )
 
     data_dir: Path = Path(platformdirs.user_data_dir("libration", appauthor=False))
+    experts_dir: Path | None = None  # files of experts to add lie here; None: `experts` in data_dir
     server: ServerSettings = ServerSettings()
     engine: EngineSettings = EngineSettings()
     key_store: KeyStoreSettings = KeyStoreSettings()
+    feedback: FeedbackSettings = FeedbackSettings()
+    guard: GuardSettings = GuardSettings()
     endpoints: dict[Name, EndpointSettings] = Field(default_factory=_default_endpoints, min_length=1)
 
-    @field_validator("data_dir")
+    @field_validator("data_dir", "experts_dir")
     @classmethod
-    def _expand(cls, path: Path) -> Path:
-        return path.expanduser().absolute()
+    def _expand(cls, path: Path | None) -> Path | None:
+        return path and path.expanduser().absolute()
+
+    @property
+    def experts_folder(self) -> Path:
+        return self.experts_dir or self.data_dir / "experts"
 
     @classmethod
     def settings_customise_sources(

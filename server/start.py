@@ -13,6 +13,7 @@ from model.errors import ModelError
 from server.app import create_app
 from server.auth import ApiKey, ApiKeys
 from server.build import Parts, build
+from server.feedback import AnswerMemory
 from server.logs import configure_logging
 from server.metrics import Metrics
 from server.process import run
@@ -32,7 +33,10 @@ def serve_until_signal(settings: Settings, started: float, processors: set[int])
     configure_logging()
     metrics = Metrics()
     try:
-        api_keys = ApiKeys(ApiKey.of(k.secret(), k.tenant, k.level) for k in settings.server.api_keys)
+        api_keys = ApiKeys(
+            ApiKey.of(k.secret(), k.tenant, k.level, k.learned_tokens_per_hour)
+            for k in settings.server.api_keys
+        )
         parts = build(settings, metrics.observers(), conversion_progress())
     except (ModelError, KeyStoreError, OSError, ValueError) as error:
         raise click.ClickException(str(error)) from error
@@ -47,7 +51,9 @@ def serve_until_signal(settings: Settings, started: float, processors: set[int])
         system_fingerprint=f"libration-{version('libration')}-torch-{torch.__version__.partition('+')[0]}",
         started_at=time.time(),
         snapshots_dir=settings.data_dir / "snapshots",
+        experts_dir=settings.experts_folder,
         api_keys=api_keys,
+        answers=AnswerMemory(settings.feedback.keep_s, settings.feedback.keep_answers),
         degraded=lambda: _degraded(parts),
         max_body_bytes=settings.server.max_body_bytes,
         public_metrics=settings.server.on_loopback,

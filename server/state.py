@@ -7,6 +7,7 @@ from pathlib import Path
 from starlette.requests import Request
 
 from server.auth import ApiKeys
+from server.feedback import AnswerMemory
 from server.metrics import Metrics
 from server.registry import Registry
 
@@ -25,7 +26,9 @@ class ServerState:
     system_fingerprint: str
     started_at: float  # unix seconds
     snapshots_dir: Path  # made when the first snapshot is
+    experts_dir: Path  # files of experts that may be added, put there by hand
     api_keys: ApiKeys = field(default_factory=ApiKeys)
+    answers: AnswerMemory = field(default_factory=AnswerMemory)
     degraded: Callable[[], list[str]] = _none_degraded  # what else works badly, in words; shown by readiness
     max_body_bytes: int = 2 * 1024 * 1024
     receive_timeout_s: float = 10.0

@@ -27,6 +27,7 @@ class EngineCounters:
     failed_steps: int = 0
     lessons_failed: int = 0
     finished: Counter[tuple[str, str]] = field(default_factory=Counter[tuple[str, str]])  # endpoint, reason
+    renewals: Counter[tuple[str, str]] = field(default_factory=Counter[tuple[str, str]])  # endpoint, outcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,17 +62,28 @@ class Engine:
         self._clock = clock
         self._observe = observers
         self._lessons: list[Lesson] = []
+        self._stalled = False  # the last step had sequences and nothing to compute
 
     @property
     def idle(self) -> bool:
         return not self.scheduler.running and not self.scheduler.waiting
 
+    @property
+    def resting(self) -> bool:
+        """Nothing can be computed before a prompt gets the keys that it waits for, or a reader leaves."""
+        now = self._clock()
+        return self._stalled and not any(
+            s.ended or s.renewal is None or s.renewal.may_go_on(now) for s in self.scheduler.running
+        )
+
     def step(self) -> None:
         """Compute one batch and hand every new token to its sequence's mailbox."""
         self._drop_ended()
+        self._renew_keys()
         while (admitted := self.scheduler.admit()) is not None:
             self._prepare(admitted)
         plan = self.scheduler.plan()
+        self._stalled = not plan
         if not plan:
             return
         segments = [self._segment(sequence, count) for sequence, count in plan]
@@ -138,6 +150,20 @@ class Engine:
             if sequence.ended is not None:
                 self.finish(sequence, sequence.ended)
 
+    def _renew_keys(self) -> None:
+        """Prompts that rest go on, with newer keys if they have come."""
+        now = self._clock()
+        for sequence in self.scheduler.running:
+            if sequence.renewal is None or not sequence.resting or not sequence.renewal.may_go_on(now):
+                continue
+            keys = sequence.renewal.go_on()
+            self.counters.renewals[sequence.endpoint, "timed_out" if keys is None else "renewed"] += 1
+            if keys is not None:
+                sequence.keys = keys
+            if sequence.newest_offsets is not None:
+                assert sequence.keys is not None, sequence.sequence_id
+                sequence.offsets = sequence.newest_offsets(sequence.keys)
+
     def _segment(self, sequence: Sequence, count: int) -> Segment:
         assert sequence.cache is not None, sequence.sequence_id
         variant = self.variants[sequence.variant] if sequence.variant else None
@@ -153,10 +179,11 @@ class Engine:
                 decode=True,
                 flow_steps=sequence.flow_steps,
                 routed=routed,
+                offsets=sequence.offsets,
             )
         start = sequence.prefilled
         teaching = sequence.teach is not None and start + 1 < len(sequence.prompt_token_ids)
-        trace = RoutingTrace(self._plastic_layers[sequence.endpoint]) if teaching else None
+        trace = self._trace(sequence, variant) if teaching else None
         tokens = sequence.prompt_token_ids[start : start + count]
         return Segment(
             tokens,
@@ -168,7 +195,15 @@ class Engine:
             flow_steps=sequence.flow_steps,
             routed=routed,
             forced=_forced(sequence, variant, start, count),
+            offsets=sequence.offsets,
         )
+
+    def _trace(self, sequence: Sequence, variant: Variant | None) -> RoutingTrace:
+        """Keys learn in the plastic layers, value offsets in all that have blocks."""
+        plastic = self._plastic_layers[sequence.endpoint]
+        if sequence.newest_offsets is None or variant is None:
+            return RoutingTrace(plastic)
+        return RoutingTrace(frozenset(variant.blocks), entry_layer=min(plastic))
 
     def _advance(
         self, plan: list[tuple[Sequence, int]], segments: list[Segment], hidden: torch.Tensor
@@ -181,11 +216,22 @@ class Engine:
             if not sequence.decoding:
                 sequence.prefilled += count
                 self.counters.prompt_tokens[sequence.endpoint] += count
+                if sequence.renewal is not None and not sequence.decoding:
+                    sequence.renewal.arrive(sequence.prefilled, self._clock())
                 if segment.trace is not None:
                     following = sequence.prompt_token_ids[segment.start + 1 : segment.start + 1 + count]
-                    targets = torch.tensor(following)
+                    assert segment.keys is not None, sequence.sequence_id
+                    rows = hidden[row : row + len(following)]
                     self._lessons.append(
-                        Lesson(sequence, segment.trace, hidden[row : row + len(following)], targets)
+                        Lesson(
+                            sequence,
+                            segment.keys,
+                            segment.trace,
+                            segment.start,
+                            rows,
+                            torch.tensor(following),
+                            segment.offsets,
+                        )
                     )
             row += count
 

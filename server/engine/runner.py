@@ -1,10 +1,12 @@
-"""The thread that owns the engine, and the only way to it: submit, cancel, drain."""
+"""The thread that owns the engine, and the only way to it: submit, cancel, drain, short work between steps."""
 
 import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
 
 import torch
 
@@ -13,6 +15,8 @@ from server.engine.errors import EngineDraining, EngineOverloaded
 from server.engine.sequence import FinishReason, Sequence
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 IDLE_BEAT_S = 0.5  # an idle engine shows that it is alive this often
 
@@ -26,6 +30,7 @@ class EngineRunner:
         self._clock = clock
         self._wake = threading.Condition()
         self._inbox: deque[Sequence] = deque()
+        self._errands: deque[Callable[[], None]] = deque()
         self._stopping = False
         self._draining = False
         self._last_beat = clock()
@@ -49,6 +54,33 @@ class EngineRunner:
         """The reader wants no more tokens: free the sequence's slot and memory at the next step."""
         with self._wake:
             sequence.ended = sequence.ended or reason
+            self._wake.notify()
+
+    def between_steps(self, work: Callable[[], T]) -> Future[T]:
+        """Do `work`, which must be short, on the engine's thread before its next step; the result says it is done.
+
+        Until it begins it may be cancelled. Raises EngineDraining.
+        """
+        done: Future[T] = Future()
+
+        def errand() -> None:
+            if not done.set_running_or_notify_cancel():
+                return
+            try:
+                done.set_result(work())
+            except Exception as error:  # noqa: BLE001 - it is raised to whoever asked for the work
+                done.set_exception(error)
+
+        with self._wake:
+            if self._stopping:
+                raise EngineDraining("the server is shutting down")
+            self._errands.append(errand)
+            self._wake.notify()
+        return done
+
+    def wake(self) -> None:
+        """What a resting sequence waits for has come."""
+        with self._wake:
             self._wake.notify()
 
     def waiting(self) -> list[Sequence]:
@@ -107,12 +139,17 @@ class EngineRunner:
         self.engine.fail_running()
 
     def _receive(self) -> None:
-        """Take new sequences in; sleep while there is nothing to do."""
+        """Take new sequences in and run errands; sleep while there is nothing to do."""
         with self._wake:
-            if not self._inbox and self.engine.idle and not self._stopping:
+            nothing_to_do = self.engine.idle or self.engine.resting
+            if not self._inbox and not self._errands and nothing_to_do and not self._stopping:
                 self._wake.wait(IDLE_BEAT_S)
             while self._inbox:
                 self.engine.scheduler.waiting.append(self._inbox.popleft())
+            errands = [*self._errands]
+            self._errands.clear()
+        for errand in errands:
+            errand()
 
     def _step(self) -> None:
         try:

@@ -48,14 +48,20 @@ class Scheduler:
         work = [(sequence, 1) for sequence in self.running if sequence.decoding]
         prompt_tokens = 0
         for sequence in self.running:
-            if sequence.decoding or prompt_tokens >= self.config.step_tokens:
+            if sequence.decoding or sequence.resting or prompt_tokens >= self.config.step_tokens:
                 continue
-            chunk = min(self.config.prefill_chunk, len(sequence.prompt_token_ids) - sequence.prefilled)
+            chunk = self._chunk(sequence)
             if prompt_tokens and prompt_tokens + chunk > self.config.step_tokens:
                 break
             work.append((sequence, chunk))
             prompt_tokens += chunk
         return sorted(work, key=lambda item: (not item[0].decoding, item[0].variant or ""))
+
+    def _chunk(self, sequence: Sequence) -> int:
+        chunk = min(self.config.prefill_chunk, len(sequence.prompt_token_ids) - sequence.prefilled)
+        if sequence.renewal is None:
+            return chunk
+        return min(chunk, sequence.renewal.tokens_to_border(sequence.prefilled))
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a finished or cancelled sequence, running or waiting."""

@@ -1,6 +1,6 @@
 """One sequence from admission to its last token. Plain data; the engine thread alone changes it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -13,6 +13,7 @@ from model.keys import KeyView
 from model.kv_cache import SequenceCache
 from model.logprobs import TokenScore
 from model.sampling import SamplingParams
+from server.engine.renewal import KeyRenewal
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 RoutedRows = NDArray[np.uint8 | np.uint16]  # (tokens, routed layers, K): expert ids
@@ -52,7 +53,7 @@ class TokenEvent:
         )
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Sequence:
     """A prompt being read, then a text being written."""
 
@@ -71,6 +72,9 @@ class Sequence:
     forced: RoutedRows | None = (
         None  # experts of the prompt's leading tokens, in place of the router's choice
     )
+    offsets: Mapping[int, torch.Tensor] | None = None  # value offsets of its session, pinned as the keys are
+    newest_offsets: Callable[[KeyView], Mapping[int, torch.Tensor]] | None = None  # for renewed keys
+    renewal: KeyRenewal | None = None  # of the keys while the prompt is being read; None: they stay
     admitted_at: float | None = None
     first_token_at: float | None = None
     last_token_at: float | None = None
@@ -91,6 +95,11 @@ class Sequence:
     def decoding(self) -> bool:
         return self.prefilled == len(self.prompt_token_ids)
 
+    @property
+    def resting(self) -> bool:
+        """It waits for newer keys."""
+        return self.renewal is not None and self.renewal.resting
+
     def finish_reason(self) -> FinishReason | None:
         """Why the sequence ends after its newest token, or None."""
         newest = self.generated[-1]
@@ -109,6 +118,10 @@ class Lesson:
     """
 
     sequence: Sequence
+    keys: KeyView
     trace: RoutingTrace
+    start: int  # position of the first row in the prompt
     hidden: torch.Tensor
     targets: torch.Tensor
+    offsets: Mapping[int, torch.Tensor] | None = None  # value offsets that the rows were computed with
+    gradient: torch.Tensor | None = None  # (T, H): direct credit's G, once somebody has computed it

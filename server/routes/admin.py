@@ -1,4 +1,4 @@
-"""Changing keys by hand: freeze, roll back, reset, consolidate, snapshot, restore. Under /admin/, which only admins reach."""
+"""Changing keys by hand: freeze, roll back, reset, consolidate, snapshot, restore; the audit trail. Under /admin/, which only admins reach."""
 
 from pathlib import Path
 
@@ -8,6 +8,7 @@ from keystore.records import ScopeId
 from server.exchange import caller_of
 from server.refusals import InvalidRequest, NotFound
 from server.registry import Plasticity
+from server.routes.keys import Limit, Scope
 from server.routes.lookup import named_scope, routing_keys_of, visible_scope
 from server.routes.wire import StrictJsonRoute, json_response
 from server.schemas.keys import (
@@ -39,7 +40,7 @@ def unfreeze(request: Request, endpoint: str, body: FreezeBody | None = None) ->
 def rollback(request: Request, endpoint: str, body: RollbackBody) -> Response:
     """Publish an old version's keys as a new version."""
     plasticity, scope = _target(request, endpoint, body.scope)
-    plasticity.teacher.discard(scope)
+    plasticity.forget_lessons(scope)
     version = plasticity.store.rollback(scope, body.to_version, if_version=body.if_version)
     return json_response({"endpoint": endpoint, "scope": str(scope), "version": version})
 
@@ -49,7 +50,7 @@ def reset(request: Request, endpoint: str, body: ResetBody | None = None) -> Res
     """Publish the anchors as a new version."""
     wanted = body or ResetBody()
     plasticity, scope = _target(request, endpoint, wanted.scope)
-    plasticity.teacher.discard(scope)
+    plasticity.forget_lessons(scope)
     version = plasticity.store.reset(scope, if_version=wanted.if_version)
     return json_response({"endpoint": endpoint, "scope": str(scope), "version": version})
 
@@ -72,7 +73,7 @@ def restore(request: Request, endpoint: str, body: RestoreBody) -> Response:
     file = _snapshot_file(state_of(request).snapshots_dir, body.name)
     if not file.is_file() or file.is_symlink():
         raise NotFound(f"there is no snapshot {body.name!r}", "name")
-    plasticity.teacher.discard(scope)
+    plasticity.forget_lessons(scope)
     version = plasticity.store.restore(scope, file, if_version=body.if_version)
     return json_response({"endpoint": endpoint, "scope": str(scope), "version": version})
 
@@ -85,6 +86,19 @@ def consolidate(request: Request, endpoint: str, body: ConsolidateBody | None = 
     published = plasticity.store.consolidate_once()
     versions = [{"scope": str(each.scope), "version": each.version} for each in published]
     return json_response({"endpoint": endpoint, "published": versions})
+
+
+@router.get("/{endpoint}/audit")
+def show_audit(request: Request, endpoint: str, scope: Scope = None, limit: Limit = 100) -> Response:
+    """What happened to a scope, or to all without one, newest first. The whole hash chain is verified first."""
+    _, plasticity = routing_keys_of(state_of(request).registry, endpoint)
+    named = None if scope is None else named_scope(scope, "scope")
+    verified = plasticity.store.verify_audit()
+    data = plasticity.store.audit_trail(named, limit)
+    shown = None if named is None else str(named)
+    return json_response(
+        {"object": "list", "endpoint": endpoint, "scope": shown, "verified": verified, "data": data}
+    )
 
 
 def _set_frozen(request: Request, endpoint: str, body: FreezeBody, *, frozen: bool) -> Response:
@@ -102,7 +116,9 @@ def _snapshot_file(folder: Path, name: str) -> Path:
 
 def _target(request: Request, endpoint: str, scope: str | None) -> tuple[Plasticity, ScopeId]:
     _, plasticity = routing_keys_of(state_of(request).registry, endpoint)
-    target = visible_scope(caller_of(request), scope)
+    target = visible_scope(caller_of(request), plasticity, scope)
     if target.kind == "anchor":
-        raise InvalidRequest("the anchors never change; allowed: the scope of a tenant or a session", "scope")
+        raise InvalidRequest(
+            "the anchors never change; allowed: global, a tenant's or a session's scope", "scope"
+        )
     return plasticity, target

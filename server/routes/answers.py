@@ -1,6 +1,6 @@
 """From running generations to an answer, whole or piece by piece."""
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -21,13 +21,14 @@ class Answer:
     generations: Sequence[Generation]
     report: Report
     tally: Tally
+    on_complete: Callable[[], None]  # before the client can know
 
     async def collect(self) -> Json:
         """The whole answer. Raises GenerationFailed."""
         parts = [Part(logprobs=self._no_logprobs()) for _ in self.generations]
         async with aclosing(interleaved(self.generations)) as deltas:
             async for index, delta in deltas:
-                self.tally.add(delta)
+                self._count(delta)
                 parts[index].add(self._part(delta))
         choices = [self.dialect.choice(index, part) for index, part in enumerate(parts)]
         return self.frame.around(self.dialect.whole, choices) | {"usage": self.tally.usage()} | self._keys()
@@ -40,7 +41,7 @@ class Answer:
                 yield self._chunk([opening], self._usage_of_a_chunk(with_usage, continuous_usage))
         async with aclosing(interleaved(self.generations)) as deltas:
             async for index, delta in deltas:
-                self.tally.add(delta)
+                self._count(delta)
                 part = self._part(delta)
                 if part.tells_something:
                     usage = self._usage_of_a_chunk(with_usage, continuous_usage)
@@ -48,6 +49,11 @@ class Answer:
                     yield self._chunk([self.dialect.piece_choice(index, part)], usage | last)
         if with_usage:
             yield self._chunk([], {"usage": self.tally.usage()} | self._keys())
+
+    def _count(self, delta: TextDelta) -> None:
+        self.tally.add(delta)
+        if self.tally.complete:
+            self.on_complete()
 
     def _part(self, delta: TextDelta) -> Part:
         part = Part(delta.text, delta.finish_reason)

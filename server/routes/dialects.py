@@ -1,7 +1,7 @@
 """How an answer looks in each of OpenAI's two dialects. Plain dictionaries out; knows no engine."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from model.tokenizer import TextTokenizer
@@ -144,12 +144,17 @@ def _choice(index: int, content: Json, part: Part) -> Json:
 
 def key_report(uses: list[KeyUse]) -> Json:
     """The `libration` object of an answer. Several choices share a scope; the first one's version is told."""
-    return {
+    report: Json = {
         "key_version": uses[0].key_version,
         "scope": uses[0].scope,
         "plasticity": uses[0].plasticity,
         "learned_tokens": sum(use.learned_tokens for use in uses),
     }
+    if uses[0].offset_windows is not None:
+        report["value_offsets"] = {"windows": uses[0].offset_windows}
+    if uses[0].spans:
+        report["key_versions"] = [asdict(span) for span in uses[0].spans]
+    return report
 
 
 def key_headers(uses: list[KeyUse]) -> Mapping[str, str]:

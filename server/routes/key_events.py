@@ -71,7 +71,7 @@ async def stream_versions(
     """Server-sent events: one for each new version of the scope, until the client or the server leaves."""
     state = state_of(request)
     served, plasticity = routing_keys_of(state.registry, endpoint)
-    seen = visible_scope(caller_of(request), scope, session_id)
+    seen = visible_scope(caller_of(request), plasticity, scope, session_id)
     listeners: set[Listener] = request.app.state.listeners
     if len(listeners) >= MAX_LISTENERS:
         raise TooManyListeners(f"{len(listeners)} listeners are connected already; allowed: {MAX_LISTENERS}")

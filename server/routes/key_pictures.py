@@ -10,7 +10,7 @@ from keystore.projection import Plane, layer_drift
 from keystore.records import ScopeId
 from keystore.store import KeyStore
 from server.exchange import caller_of
-from server.keyspace import anchors_of, layer_columns
+from server.keyspace import anchors_of, born_experts, layer_columns, visible_experts
 from server.refusals import NotFound
 from server.routes.keys import Limit, Scope, Session, Version, keys_of_layer
 from server.routes.lookup import routing_keys_of, visible_scope
@@ -33,11 +33,12 @@ def project_layer(
 ) -> Response:
     """Anchors and keys in the plane in which the anchors differ most; the same plane for every version."""
     _, plasticity = routing_keys_of(state_of(request).registry, endpoint)
-    seen = visible_scope(caller_of(request), scope, session_id)
+    seen = visible_scope(caller_of(request), plasticity, scope, session_id)
     view = plasticity.store.view(seen, version)
     keys = keys_of_layer(view, layer)
     anchors = anchors_of(plasticity.store)[layer]
-    plane = Plane.of(anchors)
+    plane = Plane.of(anchors[: born_experts(plasticity.store, layer)])
+    visible = visible_experts(view, layer)
     return json_response(
         {
             "endpoint": endpoint,
@@ -45,8 +46,9 @@ def project_layer(
             "scope": str(seen),
             "version": view.version,
             "explained": plane.explained,
-            "anchors": plane.project(anchors),
-            "keys": plane.project(keys),
+            "expert_ids": visible,
+            "anchors": plane.project(anchors[visible]),
+            "keys": plane.project(keys[visible]),
         }
     )
 
@@ -65,14 +67,19 @@ def show_expert(
     """One expert: its load, where its key is, who is near, and how it moved over the scope's kept versions."""
     served, plasticity = routing_keys_of(state_of(request).registry, endpoint)
     store = plasticity.store
-    seen = visible_scope(caller_of(request), scope, session_id)
+    seen = visible_scope(caller_of(request), plasticity, scope, session_id)
     view = store.view(seen, version)
     keys = keys_of_layer(view, layer)
-    if not 0 <= expert < len(keys):
-        raise NotFound(f"layer {layer} has no expert {expert}; allowed: 0 to {len(keys) - 1}", "expert")
+    visible = visible_experts(view, layer)
+    if expert not in visible:
+        raise NotFound(
+            f"layer {layer} has no expert {expert} for {seen}; it has {len(visible)}, up to {visible[-1]}",
+            "expert",
+        )
     columns = layer_columns(served, store, view, layer)
     distances = np.linalg.norm(keys.astype(np.float64) - keys[expert], axis=1)
-    nearest = [int(each) for each in np.argsort(distances, kind="stable") if each != expert][:NEIGHBOURS]
+    closest = visible[np.argsort(distances[visible], kind="stable")]
+    nearest = [int(each) for each in closest if each != expert][:NEIGHBOURS]
     return json_response(
         {
             "endpoint": endpoint,
@@ -94,14 +101,17 @@ def show_expert(
 
 def _history(store: KeyStore, scope: ScopeId, layer: int, expert: int, limit: int) -> list[dict[str, Any]]:
     """Drift of one key in the scope's kept versions, newest first; a version thinned out meanwhile is left out."""
-    anchor = anchors_of(store)[layer][expert : expert + 1]
+    anchor, radius = (
+        anchors_of(store)[layer][expert : expert + 1],
+        store.gravity.for_scope(scope).trust_radius,
+    )
     history: list[dict[str, Any]] = []
     for row in store.versions(scope)[:limit]:
         try:
             key = store.view(scope, row.version).keys_of(layer)[expert : expert + 1]
         except KeyVersionUnavailable:
             continue
-        drift = layer_drift(anchor, key, store.gravity.trust_radius)
+        drift = layer_drift(anchor, key, radius)
         history.append(
             {"version": row.version, "drift": float(drift.relative[0]), "drift_of_radius": drift.max}
         )

@@ -9,6 +9,7 @@ from starlette.concurrency import run_in_threadpool
 from keystore.records import Float32Array
 from keystore.snapshot import KeySnapshot
 from server.exchange import caller_of, exchange_of
+from server.keyspace import visible_experts
 from server.refusals import InvalidRequest
 from server.registry import Endpoint
 from server.routes.keys import Scope, Session, Version, keys_of_layer
@@ -37,9 +38,10 @@ async def search_layer(
 ) -> Response:
     """Scores are inner products with the scope's keys; gates are their softmax over the k asked for."""
     served, plasticity = routing_keys_of(state_of(request).registry, endpoint)
-    seen = visible_scope(caller_of(request), scope, session_id)
+    seen = visible_scope(caller_of(request), plasticity, scope, session_id)
     view = await run_in_threadpool(plasticity.store.view, seen, version)
-    num_experts, key_size = keys_of_layer(view, layer).shape
+    key_size = keys_of_layer(view, layer).shape[1]
+    num_experts = len(visible_experts(view, layer))
     if body.k > num_experts:
         raise InvalidRequest(f"k is {body.k}; allowed: 1 to {num_experts}, the layer's experts", "k")
     if body.vector is not None:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from fastapi import APIRouter, Query, Request, Response
 
+from keystore.canary import CanaryReading
 from keystore.projection import nearest_neighbours
 from keystore.records import Float32Array, ScopeId
 from keystore.snapshot import KeySnapshot
@@ -18,6 +19,7 @@ from server.keyspace import (
     ranked_experts,
     read_layers,
     usage_share,
+    visible_experts,
 )
 from server.refusals import NotFound
 from server.registry import Endpoint, Plasticity
@@ -37,9 +39,12 @@ Limit = Annotated[int, Query(ge=1, le=1000)]
 @router.get("")
 def list_key_spaces(request: Request, scope: Scope = None, session_id: Session = None) -> Response:
     """Endpoints with routing keys, and where the scope's keys stand in each."""
-    seen = visible_scope(caller_of(request), scope, session_id)
-    served = state_of(request).registry.endpoints.values()
-    data = [_summary(each, each.plasticity, seen) for each in served if each.plasticity is not None]
+    caller, served = caller_of(request), state_of(request).registry.endpoints.values()
+    data = [
+        _summary(each, each.plasticity, visible_scope(caller, each.plasticity, scope, session_id))
+        for each in served
+        if each.plasticity is not None
+    ]
     return json_response({"object": "list", "data": data})
 
 
@@ -49,7 +54,7 @@ def show_key_space(
 ) -> Response:
     """One endpoint, layer by layer."""
     served, plasticity = routing_keys_of(state_of(request).registry, endpoint)
-    seen = visible_scope(caller_of(request), scope, session_id)
+    seen = visible_scope(caller_of(request), plasticity, scope, session_id)
     view = plasticity.store.view(seen, version)
     readings = read_layers(plasticity.store, view)
     return json_response(
@@ -58,7 +63,8 @@ def show_key_space(
             "versions_kept": len(plasticity.store.versions(seen)),
             "checksum": view.checksum,
             "tokens": view.tokens,
-            "trust_radius": plasticity.store.gravity.trust_radius,
+            "trust_radius": plasticity.store.gravity.for_scope(seen).trust_radius,
+            "canary": _canary(plasticity.store.canary_readings().get(seen)),
             "layers": [_layer(served, view, layer, reading) for layer, reading in readings.items()],
         }
     )
@@ -79,12 +85,14 @@ def show_layer(
 ) -> Response:
     """One layer, expert by expert. Usage is the whole process's since its start, the rest the scope's."""
     served, plasticity = routing_keys_of(state_of(request).registry, endpoint)
-    seen = visible_scope(caller_of(request), scope, session_id)
+    seen = visible_scope(caller_of(request), plasticity, scope, session_id)
     view = plasticity.store.view(seen, version)
     keys = keys_of_layer(view, layer)
     columns = layer_columns(served, plasticity.store, view, layer)
-    page = ranked_experts(columns, keys, sort, falling=order == "desc")[offset : offset + limit]
-    nearest, distances = nearest_neighbours(keys, page)
+    visible = visible_experts(view, layer)
+    ranked = ranked_experts(columns, keys, visible, sort, falling=order == "desc")
+    page = ranked[offset : offset + limit].tolist()
+    nearest, distances = nearest_neighbours(keys[visible], np.searchsorted(visible, page).tolist())
     experts: list[dict[str, Any]] = [
         {
             "expert": expert,
@@ -93,7 +101,7 @@ def show_layer(
             "drift": float(columns.drift[expert]),
             "drift_of_radius": float(columns.drift_of_radius[expert]),
             "norm": float(columns.norm[expert]),
-            "nearest": {"expert": int(nearest[i]), "distance": float(distances[i])}
+            "nearest": {"expert": int(visible[nearest[i]]), "distance": float(distances[i])}
             if nearest[i] >= 0
             else None,
         }
@@ -106,7 +114,7 @@ def show_layer(
             "scope": str(seen),
             "version": view.version,
             "plastic": layer in view.usage,
-            "num_experts": len(keys),
+            "num_experts": len(visible),
             "sort": sort,
             "order": order,
             "offset": offset,
@@ -126,7 +134,7 @@ def list_versions(
 ) -> Response:
     """The scope's own kept versions, newest first. Version 0, the anchors, is always there and not listed."""
     _, plasticity = routing_keys_of(state_of(request).registry, endpoint)
-    seen = visible_scope(caller_of(request), scope, session_id)
+    seen = visible_scope(caller_of(request), plasticity, scope, session_id)
     rows = plasticity.store.versions(seen)
     data: list[dict[str, Any]] = [
         {
@@ -156,18 +164,19 @@ def show_usage(
     usage = state_of(request).registry.get(endpoint).usage
     if usage is None:
         raise NotFound(f"the endpoint {endpoint!r} has no experts")
+    counts = usage.counts.copy()
     if form == "npz":
         file = io.BytesIO()
-        np.savez_compressed(file, counts=usage.counts, layers=np.array(usage.layers))
+        np.savez_compressed(file, counts=counts, layers=np.array(usage.layers))
         return Response(file.getvalue(), media_type="application/zip")
     return json_response(
         {
             "endpoint": endpoint,
             "phases": usage.PHASES,
             "layers": usage.layers,
-            "num_experts": usage.counts.shape[2],
+            "num_experts": counts.shape[2],
             "num_experts_per_tok": usage.num_experts_per_tok,
-            "counts": usage.counts.copy(),
+            "counts": counts,
         }
     )
 
@@ -203,12 +212,28 @@ def _summary(
     }
 
 
+def _canary(reading: CanaryReading | None) -> dict[str, Any] | None:
+    """How the scope's newest judged version did; None before the first."""
+    if reading is None:
+        return None
+    return {
+        "version": reading.version,
+        "at": reading.at,
+        "passed": reading.passed,
+        "loss_nats": reading.loss_nats,
+        "anchors_loss_nats": reading.anchors_loss_nats,
+        "loss_increase": reading.loss_increase,
+        "overlap": reading.overlap,
+    }
+
+
 def _layer(endpoint: Endpoint, view: KeySnapshot, layer: int, reading: LayerReading) -> dict[str, Any]:
-    load, balance = load_of_layer(endpoint, layer)
+    visible = visible_experts(view, layer)
+    load, balance = load_of_layer(endpoint, layer, visible)
     return {
         "layer": layer,
         "plastic": layer in view.usage,
-        "num_experts": len(view.keys_of(layer)),
+        "num_experts": len(visible),
         "drift": {"max": reading.drift_max, "mean": reading.drift_mean, "moved": reading.moved},
         "min_distance": reading.min_distance,
         "tokens": int(load.sum()),

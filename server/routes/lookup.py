@@ -29,15 +29,19 @@ def routing_keys_of(registry: Registry, name: str) -> tuple[Endpoint, Plasticity
     return endpoint, endpoint.plasticity
 
 
-def visible_scope(caller: Caller, scope: str | None, session_id: str | None = None) -> ScopeId:
-    """The scope that is asked for, the caller's tenant by default. Raises InvalidRequest, Forbidden."""
+def visible_scope(
+    caller: Caller, plasticity: Plasticity, scope: str | None, session_id: str | None = None
+) -> ScopeId:
+    """The scope that is asked for; by default what the caller's requests read. Raises InvalidRequest, Forbidden."""
     if scope is not None and session_id is not None:
         raise InvalidRequest("give either 'scope' or 'session_id'", "scope")
     if session_id is not None:
         return named_scope(f"session:{caller.tenant}/{session_id}", "session_id")
-    found = named_scope(scope, "scope") if scope is not None else ScopeId("tenant", caller.tenant)
-    if caller.level != "admin" and found.kind != "anchor" and found.tenant != caller.tenant:
-        raise Forbidden("this API key may only see the scopes of its own tenant")
+    read = plasticity.scope_of(caller.tenant)
+    found = named_scope(scope, "scope") if scope is not None else read
+    seen = found.kind == "anchor" or found.tenant == caller.tenant or found == read
+    if caller.level != "admin" and not seen:
+        raise Forbidden("this API key may only see the scopes of its own tenant, and what its requests read")
     return found
 
 

@@ -9,11 +9,13 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from server.exchange import caller_of, exchange_of
+from server.feedback import past_answer
 from server.generation import GenerationRequest
 from server.refusals import InvalidRequest
 from server.registry import Endpoint
 from server.routes.answers import Answer
 from server.routes.dialects import ChatDialect, CompletionDialect, Dialect, Frame, Tally, key_headers
+from server.routes.learning import count_learned, within_budget
 from server.routes.lookup import served_endpoint
 from server.routes.prompts import check_logit_bias, check_token_ids, encode_messages, encode_prompt
 from server.routes.streams import DONE, EventStream, stop_when_left
@@ -76,7 +78,10 @@ async def _generate(
 ) -> Response:
     """Start every choice of every prompt, then answer whole or piece by piece."""
     _check_extent(endpoint, body, prompts, max_tokens)
-    generations = endpoint.start_all(list(_requests(request, endpoint, body, prompts, max_tokens)))
+    state, caller = state_of(request), caller_of(request)
+    requests = list(_requests(request, endpoint, body, prompts, max_tokens))
+    generations = endpoint.start_all(within_budget(requests, endpoint, caller, state.metrics))
+    count_learned(generations, endpoint, caller, state.metrics)
     tally = Tally(sum(map(len, prompts)), len(generations))
     facts = exchange_of(request).facts
     facts |= {"model": endpoint.name, "prompt_tokens": tally.prompt_tokens, "choices": tally.choices}
@@ -84,9 +89,15 @@ async def _generate(
         f"{dialect.prefix}{uuid.uuid4().hex}",
         int(time.time()),
         endpoint.name,
-        state_of(request).system_fingerprint,
+        state.system_fingerprint,
     )
-    answer = Answer(dialect, frame, generations, body.report, tally)
+
+    def remember() -> None:
+        past = past_answer(endpoint.name, caller.tenant, generations)
+        if past is not None:
+            state.answers.remember(frame.answer_id, past)
+
+    answer = Answer(dialect, frame, generations, body.report, tally, remember)
     headers = key_headers([generation.keys for generation in generations])
     if body.stream:
 
@@ -134,6 +145,8 @@ def _requests(
                 key_version=body.key_version,
                 flow_steps=body.flow_steps,
                 routed_experts=body.routed_experts,
+                value_offsets=body.value_offsets,
+                within_request=body.within_request,
                 report=body.report,
             )
             repeats = choice > 0 and (mode or default) == "learn"
@@ -149,6 +162,10 @@ def _check_extent(
     if sequences > most:
         raise InvalidRequest(
             f"{len(prompts)} prompts times n = {body.n} are {sequences} answers; allowed: {most}", "n"
+        )
+    if body.within_request and sequences > 1:
+        raise InvalidRequest(
+            f"'within_request' is on for {sequences} answers; allowed: one prompt and n = 1", "within_request"
         )
     tokens = sum(len(prompt) + body.n * max_tokens for prompt in prompts)
     if body.n > 1 and tokens > engine.cache.capacity_tokens:

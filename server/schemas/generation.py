@@ -75,6 +75,8 @@ class GenerationBody(Body):
     session_id: SessionId | None = None
     plasticity: PlasticityMode | None = None
     key_version: KeyVersion | None = None
+    value_offsets: bool = False  # the session's, where the endpoint has them
+    within_request: bool = False  # a long prompt is read on with what its earlier windows have taught
     flow_steps: Annotated[int, Field(ge=1, le=MOST_FLOW_STEPS)] | None = None  # flow-matching experts only
     return_routed_experts: bool = False
     routed_experts: RoutedExperts = None

@@ -19,22 +19,28 @@ from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
 from keystore.backends.embedded import EmbeddedBackend
+from keystore.canary import Guard, GuardConfig
 from keystore.records import GravityConfig
 from keystore.store import KeyStore
 from model.tokenizer import TextTokenizer, TokenizerSpec
+from server.added_experts import AddedExperts
 from server.app import create_app
 from server.build import Parts
+from server.canary_probe import CanaryProbe
+from server.canary_text import canary_windows
 from server.engine import engine
 from server.engine.choosing import Choice, choose
 from server.engine.engine import Engine
 from server.engine.runner import EngineRunner
 from server.engine.scheduler import SchedulerConfig
 from server.engine.sequence import Sequence
+from server.expert_files import plastic_blocks
 from server.logs import JsonLines
 from server.metrics import Metrics
 from server.plasticity import Teacher
 from server.registry import Endpoint, Plasticity, Registry
 from server.state import ServerState
+from server.value_offsets import OffsetLimits, ValueOffsets
 
 SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>"]
 CONTEXT = 4096
@@ -100,8 +106,8 @@ class Served:
         return self.request("GET", path, **options)
 
 
-def wait_until(condition: Callable[[], object], timeout_s: float = 5.0) -> float:
-    """Seconds until the condition held."""
+def wait_until(condition: Callable[[], object], timeout_s: float = 30.0) -> float:
+    """Seconds until the condition held; the limit is for what never happens, not for what is slow."""
     started = time.monotonic()
     while not condition():
         assert time.monotonic() - started < timeout_s, "it did not happen in time"
@@ -120,7 +126,13 @@ def tokenizer() -> TextTokenizer:
 
 
 @pytest.fixture(scope="session")
-def serve(make_tiny, tokenizer) -> Callable[..., contextmanager]:
+def canary(tokenizer) -> Callable[[], torch.Tensor]:
+    """canary(): the windows that a guard measures on, when none are configured."""
+    return lambda: canary_windows(tokenizer, None, CONTEXT)
+
+
+@pytest.fixture(scope="session")
+def serve(make_tiny, tokenizer, canary) -> Callable[..., contextmanager]:
     """serve(path, scheduler, kv_cache_tokens, **state): a server as a context manager."""
 
     @contextmanager
@@ -129,6 +141,9 @@ def serve(make_tiny, tokenizer) -> Callable[..., contextmanager]:
         scheduler: SchedulerConfig | None = None,
         kv_cache_tokens: int = 65_536,
         gravity: GravityConfig | None = None,
+        guard: GuardConfig | None = None,
+        learn_scope: str = "tenant",
+        value_offsets: OffsetLimits | None = None,
         start: bool = True,
         **state: object,
     ) -> Iterator[Served]:
@@ -144,6 +159,7 @@ def serve(make_tiny, tokenizer) -> Callable[..., contextmanager]:
             EmbeddedBackend(path / "keys.sqlite3"),
             num_experts_per_tok=2,
             plastic_layers=[2],
+            guard=guard and Guard(CanaryProbe(tiny.model, tiny.blocks, [2], canary()), guard),
         )
         made = Engine(
             tiny.model,
@@ -155,14 +171,25 @@ def serve(make_tiny, tokenizer) -> Callable[..., contextmanager]:
             metrics.observers(),
         )
         runner = EngineRunner(made, 1)
-        teacher = Teacher(tiny.model, store, gravity, 8)
+        teacher = Teacher(tiny.model, store, gravity, tiny.blocks, frozenset([2]))
+        experts = AddedExperts(
+            store, plastic_blocks(tiny.blocks, [2]), tiny.variant.usage, runner, path / "experts-some"
+        )
+        experts.put_back()
         dense = Endpoint("dense", "dense", 1, tokenizer, runner, CONTEXT, 256, None, None)
         some = replace(
             dense,
             name="some",
             variant="some",
             usage=tiny.variant.usage,
-            plasticity=Plasticity(store, teacher, "learn"),
+            plasticity=Plasticity(
+                store,
+                teacher,
+                experts,
+                "learn",
+                learn_scope,
+                value_offsets and ValueOffsets(tiny.model, value_offsets),
+            ),
         )
         others = {
             name: replace(dense, name=name, variant=name, usage=variant.usage)
@@ -172,7 +199,14 @@ def serve(make_tiny, tokenizer) -> Callable[..., contextmanager]:
         parts = Parts(registry, (), (store,))
         metrics.watch(registry, "0.0.test")
         server_state = ServerState(
-            registry, metrics, "0.0.test", "fp-test", time.time(), path / "snapshots", **state
+            registry,
+            metrics,
+            "0.0.test",
+            "fp-test",
+            time.time(),
+            path / "snapshots",
+            path / "experts",
+            **state,
         )
         if start:
             parts.start()

@@ -17,6 +17,8 @@ GET  /v1/models                                user
 GET  /v1/models/{model}                        user
 POST /v1/completions                           user
 POST /v1/chat/completions                      user
+POST /v1/feedback                              user
+POST /{endpoint}/v1/feedback                   user
 GET  /{endpoint}/v1/models                     user
 GET  /{endpoint}/v1/models/{model}             user
 POST /{endpoint}/v1/completions                user
@@ -43,6 +45,11 @@ POST /admin/keys/{endpoint}/reset              admin
 POST /admin/keys/{endpoint}/consolidate        admin
 POST /admin/keys/{endpoint}/snapshot           admin
 POST /admin/keys/{endpoint}/restore            admin
+GET  /admin/keys/{endpoint}/audit              admin
+POST /admin/experts/{endpoint}                 admin
+GET  /admin/experts/{endpoint}                 admin
+POST /admin/experts/{endpoint}/{name}/promote  admin
+DELETE /admin/experts/{endpoint}/{name}        admin
 """
 MATRIX = [tuple(row.split()) for row in ROWS.strip().splitlines()]
 LEVELS = ("public", "user", "admin")
@@ -79,6 +86,7 @@ def filled(path):
         .replace("{model}", "some")
         .replace("{layer}", "2")
         .replace("{expert}", "1")
+        .replace("{name}", "nobody")
     )
 
 

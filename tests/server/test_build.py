@@ -2,9 +2,12 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from keystore.records import ScopeId
+from keystore.statistics import RoutingStats, TokenCredit, TokenTrace
 from model.blocks import BLOCKS
 from model.checkpoints.blocks import save_blocks
 from model.checkpoints.load import BaseModel
@@ -90,3 +93,49 @@ def test_a_device_that_is_not_there_is_refused_by_name(built, monkeypatch, endpo
 def test_blocks_of_another_kind_are_refused(built, tmp_path):
     with pytest.raises(CheckpointError, match="kind 'mom', not 'moe'"):
         built(endpoints={"a": {"variant": "moe", "weights": tmp_path / "weights" / "mom"}})
+
+
+def test_keys_are_guarded_unless_the_configuration_says_otherwise(built, tmp_path):
+    endpoints = {"mine": {"variant": "some"}, "ours": {"variant": "some", "learn_scope": "global"}}
+    parts, _ = built(endpoints=endpoints, guard={"min_overlap": 0.0, "max_loss_increase": 100.0})
+    mine, ours = (parts.registry.get(name).plasticity for name in endpoints)
+    assert str(mine.scope_of("acme")) == "tenant:acme"
+    assert str(ours.scope_of("acme")) == "global"
+    assert str(ours.scope_of("acme", "s")) == "session:acme/s"
+    teach_globally(ours.store)
+    assert ours.store.canary_readings()[ScopeId("global")].passed
+
+
+def test_a_guard_that_is_off_reads_no_canary(built, tmp_path):
+    guard = {"enabled": False, "canary_file": tmp_path / "no.txt"}
+    parts, _ = built(endpoints={"ours": {"variant": "some", "learn_scope": "global"}}, guard=guard)
+    teach_globally(parts.stores[0])
+    assert parts.stores[0].view(ScopeId("global")).version == 1
+    assert parts.stores[0].canary_readings() == {}
+
+
+@pytest.mark.parametrize(("content", "error"), [(None, FileNotFoundError), ("too short", ValueError)])
+def test_a_canary_file_is_checked_at_the_start(built, tmp_path, content, error):
+    if content is not None:
+        (tmp_path / "canary.txt").write_text(content)
+    with pytest.raises(error, match=r"canary\.txt"):
+        built(guard={"canary_file": tmp_path / "canary.txt"})
+
+
+def teach_globally(store):
+    rng = np.random.default_rng(0)
+    credit = TokenCredit(rng.integers(0, 8, (32, 2)), np.ones((32, 2), np.float32))
+    trace = TokenTrace(credit.expert_ids, rng.standard_normal((32, 16), dtype=np.float32), 8, credit)
+    assert store.submit(RoutingStats.from_tokens(ScopeId("global"), {2: trace}))
+    assert store.consolidate_once()
+
+
+def test_value_offsets_are_offered_where_the_configuration_says_so(built):
+    endpoints = {
+        "with": {"variant": "some", "value_offsets": {"enabled": True}},
+        "without": {"variant": "some"},
+    }
+    parts, _ = built(endpoints=endpoints)
+    offered = {name: parts.registry.get(name).plasticity.value_offsets for name in endpoints}
+    assert offered["with"].held() == (0, 0)
+    assert offered["without"] is None

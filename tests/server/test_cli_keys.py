@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from safetensors.torch import save_file
 
 from keystore.backends.embedded import EmbeddedBackend
-from keystore.records import RoutingStats, ScopeId, TokenTrace
+from keystore.records import ScopeId
+from keystore.statistics import RoutingStats, TokenCredit, TokenTrace
 from model.checkpoints.blocks import save_blocks
 from server.build import open_key_store, read_variant
 from server.cli import main
@@ -46,9 +48,8 @@ def learn(store, scope: ScopeId, seed: int) -> None:
     for layer in store.view(scope).usage:
         experts, dim = store.view(scope).keys_of(layer).shape
         queries = rng.standard_normal((8, dim), dtype=np.float32)
-        traces[layer] = TokenTrace(
-            rng.integers(0, experts, (8, 2)), queries, np.ones((8, 2), np.float32), experts
-        )
+        ids = rng.integers(0, experts, (8, 2))
+        traces[layer] = TokenTrace(ids, queries, experts, TokenCredit(ids, np.ones((8, 2), np.float32)))
     assert store.submit(RoutingStats.from_tokens(scope, traces))
     assert store.consolidate_once()
 
@@ -168,3 +169,80 @@ def test_nothing_learned_lists_nothing_and_makes_no_file(tmp_path) -> None:
 def test_the_command_line_starts_without_torch_and_faiss() -> None:
     program = "import sys, server.cli; sys.exit(bool({'torch', 'faiss'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["global", "session:default/chat/1"])
+def test_every_kind_of_scope_is_changed_alike(tmp_path, open_store, name) -> None:
+    scope, file = ScopeId.parse(name), tmp_path / "keys.safetensors"
+    store = open_store()
+    learn(store, scope, 1)
+    checksum = store.view(scope).checksum
+    store.close()
+    of = ("--scope", name)
+    assert printed(tmp_path, "show", "some", *of)["checksum"] == checksum
+    assert printed(tmp_path, "export", "some", file, *of)["version"] == 1
+    assert printed(tmp_path, "rollback", "some", 0, *of, "--if-version", 1)["version"] == 2
+    assert printed(tmp_path, "import", "some", file, *of)["version"] == 3
+    assert printed(tmp_path, "show", "some", *of)["checksum"] == checksum
+    assert [row["version"] for row in printed(tmp_path, "versions", "some", *of)] == [3, 2, 1]
+    assert printed(tmp_path, "freeze", "some", *of)["frozen"] is True
+    store = open_store()
+    assert store.is_frozen(scope)
+    assert not store.is_frozen(TENANT)
+    assert store.verify_audit() == 4
+    store.close()
+    trail = printed(tmp_path, "audit", "some", *of)
+    assert trail["verified"] == 4
+    assert [event["event"] for event in trail["events"]] == ["freeze", "commit", "commit", "commit"]
+    assert trail["events"][2]["reason"] == "rollback to 0"
+    table = keys(tmp_path, "audit", "some").output.splitlines()
+    assert table[0] == "4 events, the hash chain is whole"
+    assert table[2].split()[3:] == ["freeze", name]
+    printed(tmp_path, "unfreeze", "some", *of)
+    assert printed(tmp_path, "list") == [{**printed(tmp_path, "list")[0], "scope": name, "frozen": False}]
+
+
+@pytest.fixture
+def expert_file(tmp_path) -> Path:
+    file = tmp_path / "legal.safetensors"
+    shapes = {"down_proj": (2, 8, 32), "up_proj": (2, 32, 8)}
+    save_file({f"layers.2.experts.{name}": torch.ones(shape) for name, shape in shapes.items()}, file)
+    return file
+
+
+def test_experts_are_added_promoted_and_retired_on_the_files(tmp_path, expert_file) -> None:
+    added = printed(tmp_path, "experts", "add", "some", expert_file, "legal", "--scope", "tenant:acme")
+    assert (added["state"], added["scope"], added["expert_ids"]) == ("settling", "tenant:acme", {"2": [8, 9]})
+    (kept,) = (tmp_path / "experts-some").iterdir()
+    assert kept.name == f"{added['digest']}.safetensors"
+    assert kept.read_bytes() == expert_file.read_bytes()
+    (row,) = printed(tmp_path, "experts", "list", "some")
+    assert (row["name"], row["state"], row["drift"]) == ("legal", "settling", {"2": [0, 0]})
+    table = keys(tmp_path, "experts", "list", "some").output
+    assert "layer 2: 8, 9" in table
+    assert printed(tmp_path, "experts", "promote", "some", "legal")["state"] == "promoted"
+    assert "nobody sees it" in keys(tmp_path, "experts", "retire", "some", "legal").output
+    again = keys(tmp_path, "experts", "retire", "some", "legal")
+    assert (again.exit_code, "is retired" in again.output) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["add", "some", "nothing.safetensors", "legal"], "No such file"),
+        (["add", "dense", "nothing.safetensors", "legal"], "endpoints that have: some"),
+        (["list", "some"], "learned nothing yet"),
+        (["promote", "some", "legal"], "learned nothing yet"),
+    ],
+)
+def test_experts_that_cannot_be_had_are_told(tmp_path, arguments, message) -> None:
+    result = keys(tmp_path, "experts", *arguments)
+    assert result.exit_code == 1
+    assert message in result.output
+
+
+def test_an_unknown_group_and_a_file_that_does_not_fit_are_named(tmp_path, expert_file, checksums) -> None:
+    assert "no expert group 'nobody'" in keys(tmp_path, "experts", "promote", "some", "nobody").output
+    expert_file.write_bytes(expert_file.read_bytes()[:-1])
+    assert "legal.safetensors" in keys(tmp_path, "experts", "add", "some", expert_file, "legal").output
+    assert printed(tmp_path, "experts", "list", "some") == []

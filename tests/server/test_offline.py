@@ -7,6 +7,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from model.checkpoints.blocks import save_blocks
+from model.checkpoints.experts import read_experts
 from model.checkpoints.load import BaseModel
 from model.training.data import WindowSet, save
 from server.cli import main
@@ -30,7 +32,8 @@ def data(tmp_path):
 def run(make_tiny, tokenizer, tiny_variants, tmp_path, monkeypatch):
     """run(*arguments): the command line over a tiny base, with no text to collect."""
     monkeypatch.setattr(
-        "server.offline._open_base", lambda *_: BaseModel(make_tiny(torch.float32).model, tokenizer)
+        "server.offline.open_base",
+        lambda *_: BaseModel(make_tiny(torch.float32, vocab_size=tokenizer.vocab_size).model, tokenizer),
     )
     monkeypatch.setattr("server.offline.build", lambda *_: None)
     monkeypatch.setattr("server.offline._build_chat", lambda *_: None)
@@ -78,3 +81,42 @@ def test_a_folder_without_blocks_is_named(run, data, tmp_path):
     result = run("evaluate", "--data", data, "--blocks", tmp_path / "nothing")
     assert result.exit_code == 1
     assert str(tmp_path / "nothing") in result.output
+
+
+def test_new_experts_are_trained_on_a_folder_of_text(run, make_tiny, tmp_path):
+    blocks, text, out = tmp_path / "blocks", tmp_path / "text", tmp_path / "legal.safetensors"
+    tiny = make_tiny(torch.float32)
+    save_blocks(blocks, tiny.blocks[1].config, tiny.blocks, torch.float32)
+    text.mkdir()
+    for i in range(4):
+        (text / f"{i}.txt").write_text("to be or not to be " * 30)
+    arguments = ("train", "experts", "--domain", text, "--out", out, "--blocks", blocks, "--experts", 2)
+    trained = run(*arguments, "--steps", 3)
+    assert trained.exit_code == 0, trained.output
+    assert "windows to train on" in trained.output
+    assert "held-out loss" in trained.output
+    assert "2 experts for each of layers 2 are in" in trained.output
+    file = read_experts(out, {2: tiny.blocks[2]})
+    assert (file.count_of(2), file.keys) == (2, {})
+    assert not list(tmp_path.glob("*.run"))
+    kept = run(*arguments, "--steps", 1, "--layer", 1, "--with-keys", "--run", tmp_path / "run")
+    assert kept.exit_code == 0, kept.output
+    assert read_experts(out, {1: tiny.blocks[1]}).keys[1].shape == (2, 16)
+    assert (tmp_path / "run" / "checkpoint.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--domain", "nowhere"], "nowhere is no folder"),
+        (["--layer", "9"], "--layer [9] has no block; allowed: [1, 2]"),
+        (["--blocks", "nothing"], "nothing"),
+    ],
+)
+def test_what_new_experts_cannot_be_trained_on_is_told(run, make_tiny, tmp_path, arguments, message):
+    blocks, tiny = tmp_path / "blocks", make_tiny(torch.float32)
+    save_blocks(blocks, tiny.blocks[1].config, tiny.blocks, torch.float32)
+    result = run(
+        "train", "experts", "--domain", tmp_path, "--out", tmp_path / "x", "--blocks", blocks, *arguments
+    )
+    assert (result.exit_code, message in result.output) == (1, True), result.output

@@ -10,11 +10,16 @@ from keystore.backends.embedded import EmbeddedBackend
 from keystore.records import GravityConfig, ScopeId
 from keystore.store import KeyStore
 from model.blocks.base import RoutingTrace
+from server.crediting import LayerRows
 from server.engine.sequence import Lesson
 from server.plasticity import Teacher
 
 TENANT = ScopeId("tenant", "default")
 TOKENS = [(7 * i * i + 3 * i) % 97 for i in range(81)]
+
+
+class Reader:
+    """Stands where a sequence does: whose chunks belong together."""
 
 
 class Recorder:
@@ -28,9 +33,15 @@ class Recorder:
     def view(self, scope, version=None):
         return self._store.view(scope, version)
 
-    def submit(self, stats):
+    def submit(self, stats, done=None):
         self.windows.append(stats)
         return True
+
+    def subscribe_deleted(self, callback):
+        pass
+
+    def settling_ids(self, scope):
+        return {}
 
     def count_dropped(self, reason):
         self.dropped.append(reason)
@@ -53,21 +64,25 @@ def store(tiny, tmp_path):
 
 def lessons(tiny, chunks):
     """The text read in chunks of the given sizes, each a lesson."""
-    segment = tiny.segment(TOKENS)
+    segment, reader = tiny.segment(TOKENS), Reader()
     at = 0
     for size in chunks:
         trace = RoutingTrace(frozenset({1, 2}))
         hidden = tiny.model.step([replace(segment, token_ids=TOKENS[at : at + size], start=at, trace=trace)])
         targets = torch.tensor(TOKENS[at + 1 : at + 1 + size])
-        yield Lesson(None, trace, hidden[: len(targets)], targets)
+        yield Lesson(reader, tiny.keys, trace, at, hidden[: len(targets)], targets)
         at += size
 
 
 def windows_of(tiny, store, chunks, **config):
     recorder = Recorder(store)
-    teacher = Teacher(tiny.model, recorder, GravityConfig(window_tokens=32, **config), 8)
+    teacher = Teacher(
+        tiny.model, recorder, GravityConfig(window_tokens=32, **config), tiny.blocks, frozenset({1, 2})
+    )
     for lesson in lessons(tiny, chunks):
         teacher.take(TENANT, lesson)
+    if teacher.background is not None:
+        teacher.background.drain(30)
     return recorder, teacher
 
 
@@ -114,16 +129,19 @@ def test_the_literal_rule_counts_and_sums_plain_queries(tiny, store):
 
 def test_queries_that_are_not_finite_are_dropped_and_counted(tiny, store):
     recorder = Recorder(store)
-    teacher = Teacher(tiny.model, recorder, GravityConfig(window_tokens=32), 8)
+    teacher = Teacher(tiny.model, recorder, GravityConfig(window_tokens=32), tiny.blocks, frozenset({1, 2}))
     for lesson in lessons(tiny, [40]):
         lesson.trace.by_layer[1].queries = torch.full((40, 16), float("nan"))
         teacher.take(TENANT, lesson)
     assert (recorder.windows, recorder.dropped) == ([], ["non_finite"])
 
 
-def test_moving_along_credit_lowers_the_loss_of_the_text_that_taught(tiny, store):
+@pytest.mark.parametrize("rule", ["direct", "gradient"])
+def test_moving_along_credit_lowers_the_loss_of_the_text_that_taught(tiny, store, rule):
     """The whole path: credit from the trace, a window, gravity, a new version that predicts the text better."""
-    teacher = Teacher(tiny.model, store, GravityConfig(window_tokens=80), 8)
+    teacher = Teacher(
+        tiny.model, store, GravityConfig(window_tokens=80, rule=rule), tiny.blocks, frozenset({2})
+    )
     segment = tiny.segment(TOKENS)
 
     def loss(keys):
@@ -135,7 +153,8 @@ def test_moving_along_credit_lowers_the_loss_of_the_text_that_taught(tiny, store
         trace = RoutingTrace(frozenset({2}))
         keys = store.view(TENANT)
         hidden = tiny.model.step([replace(segment, token_ids=TOKENS[:80], keys=keys, trace=trace)])
-        teacher.take(TENANT, Lesson(None, trace, hidden, torch.tensor(TOKENS[1:])))
+        teacher.take(TENANT, Lesson(Reader(), keys, trace, 0, hidden, torch.tensor(TOKENS[1:])))
+        teacher.flush()
         store.consolidate_once()
     assert store.view(TENANT).version > 0
     assert loss(store.view(TENANT)) < before
@@ -143,7 +162,7 @@ def test_moving_along_credit_lowers_the_loss_of_the_text_that_taught(tiny, store
 
 def test_a_tenants_logits_are_bit_identical_whatever_another_tenant_teaches(tiny, store):
     other = ScopeId("tenant", "other")
-    teacher = Teacher(tiny.model, store, GravityConfig(window_tokens=16), 8)
+    teacher = Teacher(tiny.model, store, GravityConfig(window_tokens=16), tiny.blocks, frozenset({1, 2}))
 
     def hidden_of(scope, *beside):
         own = replace(tiny.segment(TOKENS[:50]), keys=store.view(scope))
@@ -159,3 +178,49 @@ def test_a_tenants_logits_are_bit_identical_whatever_another_tenant_teaches(tiny
     neighbour = replace(tiny.segment(TOKENS[:37]), keys=store.view(other))
     assert torch.equal(hidden_of(TENANT, neighbour), before)
     assert not torch.equal(hidden_of(other), before)
+
+
+def test_a_deleted_session_takes_its_open_window_along(tiny, store):
+    session = ScopeId("session", "default", "s")
+    teacher = Teacher(tiny.model, store, GravityConfig(window_tokens=48), tiny.blocks, frozenset({1, 2}))
+    for lesson in lessons(tiny, [80]):
+        teacher.take(session, lesson)
+        teacher.take(TENANT, lesson)
+    store.consolidate_once()
+    assert store.view(session).tokens == 48
+    assert store.expire_sessions(now=1e18) == [session]
+    teacher.flush()
+    assert [each.scope for each in store.consolidate_once()] == [TENANT]
+
+
+def test_experts_that_begin_to_settle_within_a_window_have_no_utility_before(tiny, store):
+    def piece(tokens: int, ids: list[int]) -> LayerRows:
+        empty = np.empty((tokens, 0))
+        utility = np.arange(1, tokens * len(ids) + 1, dtype=np.float32).reshape(tokens, len(ids))
+        queries = np.ones((tokens, 4), np.float32)
+        selected = np.zeros((tokens, 2), np.int64)
+        ones = np.ones(tokens, np.float32)
+        return LayerRows(
+            selected, queries, empty.astype(np.int64), empty.astype(np.float32), ones, np.array(ids), utility
+        )
+
+    joined = LayerRows.joined([piece(2, [8]), piece(1, [8, 9])])
+    assert joined.settling_ids.tolist() == [8, 9]
+    assert joined.utility.tolist() == [[1, 0], [2, 0], [1, 2]]
+
+
+@pytest.mark.parametrize("rule", ["direct", "gradient"])
+def test_settling_experts_are_told_their_utility_and_nobody_is_pulled(tiny, store, rule):
+    recorder = Recorder(store)
+    recorder.settling_ids = lambda scope: {1: np.array([3, 5]), 2: np.array([0])}
+    law = GravityConfig(window_tokens=32, rule=rule)
+    teacher = Teacher(tiny.model, recorder, law, tiny.blocks, frozenset({1, 2}))
+    for lesson in lessons(tiny, [80]):
+        teacher.take(TENANT, lesson)
+    teacher.close()
+    first = recorder.windows[0]
+    assert not first.layers[1].credited.any()
+    assert first.layers[1].events.sum() == 32 * 2
+    assert first.layers[1].utility.expert_ids.tolist() == [3, 5]
+    assert first.layers[2].utility.weighted_queries.shape == (1, 16)
+    assert first.layers[1].utility.weighted_queries.any(axis=1).all()

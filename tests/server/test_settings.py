@@ -36,6 +36,17 @@ def test_the_command_line_beats_the_environment_beats_the_file_beats_the_default
         ("[endpoints.a]\nvariant = 'moe'\nplasticity = 'learn'", "endpoints.a"),
         ("[endpoints.a]\nvariant = 'dense'\nweights = 'x'", "endpoints.a"),
         ("[endpoints.a]\nvariant = 'ffn'", "endpoints.a"),
+        ("[endpoints.a]\nvariant = 'moe'\nlearn_scope = 'global'", "endpoints.a"),
+        ("[endpoints.a]\nvariant = 'moe'\nvalue_offsets = {enabled = true}", "endpoints.a"),
+        ("[endpoints.a]\nvariant = 'some'\nvalue_offsets = {bound = 1.5}", "endpoints.a.value_offsets.bound"),
+        ("[endpoints.a]\nvariant = 'some'\nlearn_scope = 'everybody'", "endpoints.a.learn_scope"),
+        ("[key_store]\nsession_eviction = 'forget'", "key_store.session_eviction"),
+        ("[feedback]\nkeep_s = 0", "feedback.keep_s"),
+        ("[feedback]\nkeep_answers = 0", "feedback.keep_answers"),
+        ("[[server.api_keys]]\nkey = 'x'\nlearned_tokens_per_hour = 0", "learned_tokens_per_hour"),
+        ("[guard]\nmin_overlap = 1.5", "guard.min_overlap"),
+        ("[guard]\nmax_loss_increase = nan", "guard.max_loss_increase"),
+        ("[guard]\ntenant_every_versions = 0", "guard.tenant_every_versions"),
     ],
 )
 def test_a_fault_in_the_file_is_named(tmp_path, text, where):

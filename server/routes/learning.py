@@ -1,0 +1,45 @@
+"""What requests may teach: the budget of their API key, and what the metrics count of it."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from server.exchange import Caller
+from server.generation import Generation, GenerationRequest
+from server.metrics import Metrics
+from server.registry import Endpoint
+
+
+def within_budget(
+    requests: Sequence[GenerationRequest], endpoint: Endpoint, caller: Caller, metrics: Metrics
+) -> list[GenerationRequest]:
+    """The requests; when they would teach more than the API key has left, all of them read only."""
+    offered = sum(_offered_tokens(request, endpoint) for request in requests)
+    if caller.budget is None or not offered or caller.budget.allows(offered):
+        return list(requests)
+    metrics.count_refused(endpoint.name, "budget", offered)
+    return [
+        replace(request, plasticity="read", within_request=False)
+        if _offered_tokens(request, endpoint)
+        else request
+        for request in requests
+    ]
+
+
+def count_learned(
+    generations: Sequence[Generation], endpoint: Endpoint, caller: Caller, metrics: Metrics
+) -> None:
+    """Charge what these generations, which have started, teach."""
+    learned = sum(generation.keys.learned_tokens for generation in generations)
+    if not learned:
+        return
+    metrics.count_learned(endpoint.name, learned)
+    if caller.budget is not None:
+        caller.budget.spend(learned)
+
+
+def _offered_tokens(request: GenerationRequest, endpoint: Endpoint) -> int:
+    """Prompt tokens that would teach: those with a next one."""
+    if endpoint.plasticity is None or request.key_version is not None:
+        return 0
+    mode = request.plasticity or endpoint.plasticity.default
+    return len(request.prompt_token_ids) - 1 if mode == "learn" else 0

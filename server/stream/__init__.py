@@ -1,0 +1,1 @@
+"""Prequential evaluation: every window is first predicted, then learned. No server, no key store files."""
