@@ -109,28 +109,36 @@ class Guard:
         through.
         """
         with self._probing:
-            home = self._run_of_anchors(anchors)
-            run = self._probe.run(snapshot)
-            overlap = routing_overlap(run.expert_ids, home.expert_ids)
-            reading = CanaryReading(
-                scope=snapshot.scope,
-                version=snapshot.version,
-                checksum=snapshot.checksum,
-                at=self._clock(),
-                loss_nats=run.loss_nats,
-                anchors_loss_nats=home.loss_nats,
-                overlap=overlap,
-                passed=self._accepts(run.loss_nats, home.loss_nats, overlap),
-            )
+            reading = self._compare(snapshot, anchors)
             self._readings = self._readings | {snapshot.scope: reading}
             return reading
+
+    def judge_anchors(self, following: "KeySnapshot", anchors: "KeySnapshot") -> CanaryReading:
+        """The same for what would be everybody's anchors; no scope's reading."""
+        with self._probing:
+            return self._compare(following, anchors)
 
     def readings(self) -> Mapping[ScopeId, CanaryReading]:
         """The newest reading of every scope that was judged since the start, passed or not."""
         return self._readings
 
+    def _compare(self, snapshot: "KeySnapshot", anchors: "KeySnapshot") -> CanaryReading:
+        home = self._run_of_anchors(anchors)
+        run = self._probe.run(snapshot)
+        overlap = routing_overlap(run.expert_ids, home.expert_ids)
+        return CanaryReading(
+            scope=snapshot.scope,
+            version=snapshot.version,
+            checksum=snapshot.checksum,
+            at=self._clock(),
+            loss_nats=run.loss_nats,
+            anchors_loss_nats=home.loss_nats,
+            overlap=overlap,
+            passed=self._accepts(run.loss_nats, home.loss_nats, overlap),
+        )
+
     def _run_of_anchors(self, anchors: "KeySnapshot") -> CanaryRun:
-        """What a scope with settling experts calls its anchors is not what others do."""
+        """Each generation of the expert pool may have other anchors."""
         if anchors.checksum not in self._anchors:
             while len(self._anchors) >= ANCHORS_KEPT:
                 del self._anchors[next(iter(self._anchors))]

@@ -167,7 +167,7 @@ class Consolidation:
         reading = None
         if after.snapshot is not before.snapshot:
             assert self._guard is not None
-            reading = self._guard.judge(after.snapshot, self._shelf.find(scope, 0))
+            reading = self._guard.judge(after.snapshot, self._ledger.anchors)
             if not reading.passed:
                 self._keep_back(reading, before.snapshot, len(windows))
                 return []
@@ -201,7 +201,7 @@ class Consolidation:
         """Judge a version that is being served; the scope goes back to the newest that passed if it fails."""
         assert self._guard is not None
         scope, latest = snapshot.scope, self._shelf.latest(snapshot.scope).version
-        reading = self._guard.judge(snapshot, self._shelf.find(scope, 0))
+        reading = self._guard.judge(snapshot, self._ledger.anchors)
         self._backend.note_canary(note_of(reading))
         if reading.passed:
             return

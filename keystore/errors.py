@@ -11,12 +11,12 @@ KeyStoreError
 ├── UnknownExpertGroup       no expert group of that name
 ├── WrongGroupState          an expert group that has settled or was retired already
 ├── ExpertNotVisible         scores of an expert that the version does not have or hides
-├── VersionConflict          the scope's latest version is not the one the caller named
+├── VersionConflict          the scope's latest version is not the one the caller named, or the pool changed
 ├── OutOfBounds              keys outside the trust region of their anchors, or not finite
 ├── StoreCorrupted           stored bytes that contradict their sizes, checksum or audit chain
 ├── ModelMismatch            stored or imported keys belong to another model
 ├── InvalidSnapshot          a snapshot file that contradicts itself or does not fit this store
-├── CanaryFailed             keys for the global scope that harm the canary text
+├── CanaryFailed             keys for the global scope, or for everybody, that harm the canary text
 ├── SnapshotExists           a snapshot would have replaced a file
 └── StoreLocked              another process has the data file open
 
@@ -72,7 +72,7 @@ class ExpertNotVisible(KeyStoreError):
 
 
 class VersionConflict(KeyStoreError):
-    """The latest version of the scope is not the one the caller expected."""
+    """The latest version of the scope is not the one the caller expected, or the expert pool changed meanwhile."""
 
 
 class OutOfBounds(KeyStoreError):

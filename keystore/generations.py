@@ -45,10 +45,15 @@ class Generation:
         """Generation 0, of the anchors that a store was born with."""
         return cls(ExpertPool.born(origin.keys, origin.usage), {None: origin})
 
+    @property
+    def anchors(self) -> KeySnapshot:
+        """Version 0 without any experts that settle."""
+        return self.origins[None]
+
     def origin_of(self, scope: ScopeId) -> KeySnapshot:
         """Version 0 of a scope; a session has its tenant's."""
         standing = scope.parent or scope
-        return replace(self.origins.get(standing, self.origins[None]), scope=standing)
+        return replace(self.origins.get(standing, self.anchors), scope=standing)
 
     def after(self, event: PoolEvent, gravity: GravityConfig) -> "Generation":
         """The next generation. Raises StoreCorrupted for an event that does not follow from this one."""

@@ -132,17 +132,18 @@ class InvertedLists:
 
 
 class ListSearch:
-    """How many lists to probe, and which rows of all M never to propose."""
+    """How many lists to probe, and which of their L rows never to propose: `hidden_ids`, and those from M on."""
 
     __slots__ = ("_selector", "parameters", "probes")
 
-    def __init__(self, probes: int, hidden_ids: Int64Array, num_keys: int) -> None:
+    def __init__(self, probes: int, hidden_ids: Int64Array, num_keys: int, num_rows: int) -> None:
         self.probes = probes
         shown = np.ones(num_keys, bool)
         shown[hidden_ids] = False
         bits = np.packbits(shown, bitorder="little")
         untyped: Any = faiss
-        self._selector = untyped.IDSelectorBitmap(bits) if len(hidden_ids) else None
+        hides = len(hidden_ids) > 0 or num_rows > num_keys
+        self._selector = untyped.IDSelectorBitmap(bits) if hides else None  # no row past the bitmap is shown
         self.parameters: Any = untyped.SearchParametersIVF(nprobe=probes, sel=self._selector)
 
 

@@ -27,14 +27,17 @@ class Base:
 
 
 class Overlay:
-    """A base seen from a later version: rows changed since are never taken from the lists, but scored exactly."""
+    """A base seen from another version of M keys: rows that differ are never taken from the lists, but scored
+    exactly, and rows that the lists have beyond M are never found.
+    """
 
     __slots__ = ("_rows", "_search", "base", "changed_ids")
 
     def __init__(self, base: Base, keys: Float32Array, changed_ids: Int64Array) -> None:
+        assert not len(changed_ids) or changed_ids[-1] < len(keys), (changed_ids[-1], len(keys))
         self.base, self.changed_ids = base, changed_ids
         self._rows = KeyIndex(keys[changed_ids]) if len(changed_ids) else None
-        self._search = ListSearch(base.probes, changed_ids, len(keys))
+        self._search = ListSearch(base.probes, changed_ids, len(keys), len(base.lists.keys))
 
     def search(self, exact: KeyIndex, queries: Float32Array, k: int) -> tuple[Float32Array, Int64Array]:
         """As KeyIndex.search, except that unchanged rows outside the probed lists may be missing."""
@@ -82,8 +85,8 @@ class LargeKeyIndex:
         self._is_origin = parent is None  # what new scopes start from is never superseded
         known = parent.overlay if parent is not None else None
         if parent is not None and known is not None:
-            moved = changed_rows(parent.keys, keys)
-            self.overlay = Overlay(known.base, keys, np.union1d(known.changed_ids, moved))
+            left = known.changed_ids[known.changed_ids < len(keys)]  # hidden experts leave fewer rows
+            self.overlay = Overlay(known.base, keys, np.union1d(left, changed_rows(parent.keys, keys)))
         if parent is not None:
             parent.superseded = not parent._is_origin
         caretaker.created(self, parent)

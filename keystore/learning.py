@@ -147,7 +147,7 @@ class Learner:
 
 def sums_of(sums: LayerStats, ids: Int64Array, num_experts: int) -> LayerStats:
     """The statistics of some experts. A window from before the newest experts were added has none of those."""
-    if len(ids) == len(sums.events):
+    if len(ids) == len(sums.events) == num_experts:
         return sums
     missing, pairs = num_experts - len(sums.events), sums.coactivation
     return replace(

@@ -52,13 +52,19 @@ class Ledger:
         """The expert pool as it is now."""
         return self.generations.now.pool
 
+    @property
+    def anchors(self) -> KeySnapshot:
+        """Version 0 as everybody has it in whose scope no experts settle."""
+        return self.generations.now.anchors
+
     def progress(self, scope: ScopeId) -> Progress:
         """Where the scope's learning goes on."""
         history = self.shelf.history(scope)
         if history is not None:
-            if history.settling is None:
-                history.settling = self._backend.settling(scope)
-            return Progress(history.latest, history.usage, history.tokens, history.settling)
+            settling = history.settling
+            if settling is None:
+                settling = self.shelf.note_settling(history, self._backend.settling(scope))
+            return Progress(history.latest, history.usage, history.tokens, settling)
         snapshot = self.shelf.latest(scope)
         return Progress(snapshot, snapshot.usage, snapshot.tokens)
 
@@ -100,14 +106,23 @@ class Ledger:
     def publish_content(
         self, scope: ScopeId, target: Callable[[], KeySnapshot], reason: str, if_version: int | None
     ) -> KeySnapshot:
-        """Keys, usage and tokens of `target` as the scope's next version. Raises VersionConflict."""
+        """Keys, usage and tokens of `target` as the scope's next version.
+
+        Raises VersionConflict when the scope is at another version or `target` is of an old generation of the pool.
+        """
         head = self.shelf.head(scope)
         current = head.version if head else self.shelf.latest(scope).version
         if if_version is not None and if_version != current:
             raise VersionConflict(f"{scope} is at version {current}, not {if_version}")
+        content, generation = target(), self.pool.generation
+        if content.generation != generation:
+            raise VersionConflict(
+                f"the expert pool went on to generation {generation}; the keys for {scope} are of"
+                f" {content.generation}"
+            )
         floor = self._session_floor if head is None and scope.kind == "session" else 0
         snapshot = replace(
-            target(),
+            content,
             scope=scope,
             version=max(current, floor) + 1,
             parent=current,

@@ -9,10 +9,10 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 
 from keystore.backends.base import ScopeHead
 from keystore.errors import KeyVersionUnavailable
+from keystore.fairness import who_makes_room
 from keystore.records import Float32Array, ScopeId
 from keystore.settling import SettlingState
 from keystore.snapshot import KeySnapshot
@@ -152,16 +152,25 @@ class VersionShelf:
             if history is not None:
                 history.usage, history.tokens, history.settling = usage, tokens, settling
 
+    def note_settling(
+        self, history: ScopeHistory, stored: Mapping[int, SettlingState]
+    ) -> Mapping[int, SettlingState]:
+        """What a scope knows of its settling experts: as `stored`, unless it has learned since that was read."""
+        with self._lock:
+            if history.settling is None:
+                history.settling = stored
+            return history.settling
+
     def idle_sessions(self, unused_since: float) -> list[ScopeId]:
         """Stored sessions nobody viewed or taught since that time."""
         with self._lock:
             return [scope for scope, used_at in self._used_at.items() if used_at < unused_since]
 
     def excess_sessions(self) -> list[ScopeId]:
-        """Stored sessions beyond what memory holds, used longest ago first."""
+        """Stored sessions beyond what memory holds: used longest ago, of the tenants that hold the most."""
         with self._lock:
             excess = max(0, len(self._used_at) - self._limits.sessions)
-            return list(islice(self._used_at, excess))
+            return who_makes_room(self._used_at, excess)
 
     def forget(self, scope: ScopeId) -> None:
         """Drop a deleted session."""

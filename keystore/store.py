@@ -12,12 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from keystore.backends.base import EVERY_SCOPE, Backend, PoolEvent, VersionRow
-from keystore.canary import CanaryReading, Guard
+from keystore.canary import CanaryReading, Guard, log_failed, note_of
 from keystore.consolidation import Consolidation
 from keystore.counters import StoreCounters
 from keystore.errors import (
     CanaryFailed,
     InvalidConfig,
+    VersionConflict,
     WrongGroupState,
 )
 from keystore.export import read_version, write_version
@@ -96,6 +97,7 @@ class KeyStore:
         self._writing = threading.RLock()
         self._subscribers = Subscribers[KeySnapshot]()
         self._deleted = Subscribers[ScopeId]()
+        self._replaced = Subscribers[ScopeId]()
         self._admin_rollbacks = 0
         self._consolidation = Consolidation(
             self._ledger,
@@ -202,12 +204,12 @@ class KeyStore:
     def restore(self, scope: ScopeId, path: Path, *, if_version: int | None = None) -> int:
         """Publish the content of a snapshot file, usage included, as a new version; returns its number.
 
-        Windows that wait for this scope are dropped. Raises InvalidSnapshot, ModelMismatch, VersionConflict,
-        CanaryFailed; FileNotFoundError passes through.
+        Windows that wait for this scope are dropped. Raises InvalidSnapshot, ModelMismatch, CanaryFailed, and
+        VersionConflict also when the expert pool changes meanwhile; FileNotFoundError passes through.
         """
         content = read_version(path, scope, self._ledger.generations, self.gravity.for_scope(scope))
         if self._guard is not None and scope.kind == "global":
-            reading = self._guard.judge(replace(content, scope=scope), self.view(scope, 0))
+            reading = self._guard.judge(replace(content, scope=scope), self._ledger.anchors)
             if not reading.passed:
                 raise CanaryFailed(f"{path.name}: {reading}; allowed: {self._guard.config.allowed}")
         reason = f"restore of {path.name}, there version {content.version}"
@@ -243,12 +245,25 @@ class KeyStore:
         """Make where a group has settled its anchors, which everybody sees and nobody leaves by more than the
         trust radius.
 
-        Raises UnknownExpertGroup, WrongGroupState.
+        With a guard these are judged first, as they are now, while learning goes on. Raises UnknownExpertGroup,
+        WrongGroupState, CanaryFailed, and VersionConflict when the expert pool changes meanwhile.
         """
         with self._writing:
-            group = self._ledger.pool.group(name)
-            settled = self.view(group.scope).keys
-            return self._change_pool(self._ledger.pool.promote(name, settled, self._clock()))
+            pool, anchors = self._ledger.pool, self._ledger.anchors
+            settled = self.view(pool.group(name).scope).keys
+            event = pool.promote(name, settled, self._clock())
+            if self._guard is None:
+                return self._change_pool(event)
+            following = self._ledger.generations.after(event).anchors
+        reading = self._guard.judge_anchors(following, anchors)
+        self._backend.note_canary(note_of(reading))
+        if not reading.passed:
+            log_failed(reading, f"experts {name} are not promoted")
+            raise CanaryFailed(f"experts {name}: {reading}; allowed: {self._guard.config.allowed}")
+        with self._writing:
+            if self._ledger.pool is not pool:
+                raise VersionConflict(f"the expert pool changed while the promotion of {name} was judged")
+            return self._change_pool(event)
 
     def retire_experts(self, name: str) -> ExpertGroup:
         """Hide a group from everybody; requests that hold an older version go on.
@@ -304,6 +319,13 @@ class KeyStore:
         """The same for every session that is deleted: expired, or discarded above `max_sessions`."""
         return self._deleted.add(callback)
 
+    def subscribe_replaced(self, callback: Callable[[ScopeId], None]) -> Callable[[], None]:
+        """The same for every scope whose keys were replaced, not learned: by rollback, reset, restore or the guard.
+
+        What was being gathered to teach it was about the keys that it had.
+        """
+        return self._replaced.add(callback)
+
     def counters(self) -> StoreCounters:
         """A reading of every counter; never waits for a consolidation."""
         waiting, oldest_s = self._intake.waiting()
@@ -312,7 +334,9 @@ class KeyStore:
             updates=dict(learning.updates),
             rollbacks={"admin": self._admin_rollbacks, "canary": learning.canary_rollbacks},
             dropped=self._intake.dropped(),
-            subscriber_failures=self._subscribers.failures,
+            subscriber_failures=sum(
+                each.failures for each in (self._subscribers, self._deleted, self._replaced)
+            ),
             last_update_s=learning.last_update_s,
             lag_s=learning.lag_s,
             waiting_windows=waiting,
@@ -347,6 +371,7 @@ class KeyStore:
         with self._writing:
             snapshot = self._ledger.publish_content(scope, target, reason, if_version)
             self._intake.discard(scope)
+            self._replaced.notify([scope])
             self._after_publishing([snapshot])
             return snapshot.version
 

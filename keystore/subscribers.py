@@ -1,4 +1,4 @@
-"""Who hears of new versions, or of deleted sessions. Calls back on the publishing thread; a callback that fails harms nobody else."""
+"""Who hears of new versions, of replaced keys, or of deleted sessions. Calls back on the publishing thread; a callback that fails harms nobody else."""
 
 import logging
 import threading

@@ -15,9 +15,13 @@ NICENESS = 19
 
 
 class BackgroundWork:
-    """Does one piece of work after another in a thread at low priority; refuses what does not fit its queue."""
+    """Does one piece of work after another in a thread at low priority; refuses what does not fit its queue.
 
-    def __init__(self) -> None:
+    `failed` is called for every piece that raised.
+    """
+
+    def __init__(self, failed: Callable[[], None]) -> None:
+        self._failed = failed
         self._waiting: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()
         self._busy = self._stopping = False
@@ -38,13 +42,15 @@ class BackgroundWork:
         with self._changed:
             return self._changed.wait_for(lambda: not self._waiting and not self._busy, timeout_s)
 
-    def stop(self) -> None:
-        """End the thread after the work at hand; what waits is not done."""
+    def stop(self) -> int:
+        """End the thread after the work at hand; returns how many pieces waited and are not done."""
         with self._changed:
             self._stopping = True
+            undone = len(self._waiting)
             self._waiting.clear()
             self._changed.notify_all()
         self._thread.join()
+        return undone
 
     def _run(self) -> None:
         torch.set_num_threads(1)
@@ -60,6 +66,7 @@ class BackgroundWork:
                 work()
             except Exception:
                 logger.exception("background work failed")
+                self._failed()
             finally:
                 with self._changed:
                     self._busy = False

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from keystore.backends.data_file import make_folder
 from keystore.backends.embedded import EmbeddedBackend
 from keystore.canary import Guard
 from keystore.store import KeyStore
@@ -74,7 +75,7 @@ def build(
     """Load everything that the settings name. Raises ModelError and KeyStoreError with what to do about it."""
     threads = settings.engine.threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
-    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(settings.data_dir)
     on_device = {
         device: _build_engine(settings, device, names, threads, observers, progress)
         for device, names in _names_by_device(settings).items()
@@ -222,7 +223,10 @@ def _open_plasticity(
         store.close()
         raise
     teacher = Teacher(base.transformer, store, endpoint.gravity.config(), folder.blocks, layers)
-    offsets = _value_offsets(settings, endpoint, base.transformer) if endpoint.value_offsets.enabled else None
+    offsets = None
+    if endpoint.value_offsets.enabled:
+        offsets = _value_offsets(settings, endpoint, base.transformer)
+        store.subscribe_replaced(offsets.drop)
     return Plasticity(store, teacher, experts, endpoint.plasticity, endpoint.learn_scope, offsets)
 
 

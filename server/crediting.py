@@ -185,8 +185,9 @@ class Crediting:
 def plain_rows(trace: LayerTrace, tokens: int, reward: float = 1.0) -> LayerRows:
     """Selections without credit, for the literal rule."""
     return LayerRows(
-        trace.expert_ids[:tokens].numpy(force=True),
-        trace.queries[:tokens].numpy(force=True),
+        # Copies: a view of these rows would keep the whole step's in memory.
+        trace.expert_ids[:tokens].numpy(force=True).copy(),
+        trace.queries[:tokens].numpy(force=True).copy(),
         np.empty((tokens, 0), np.int64),
         np.empty((tokens, 0), np.float32),
         np.full(tokens, reward, np.float32),

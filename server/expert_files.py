@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from keystore.backends.data_file import make_folder
 from keystore.records import Float32Array
 from model.blocks.base import ExpertBlock
 from model.blocks.some import SomeBlock
@@ -50,17 +51,14 @@ def addresses(file: ExpertFile, blocks: Mapping[int, SomeBlock], seed: int) -> d
 def keep(file: ExpertFile, folder: Path) -> None:
     """Write the file durably under its digest; whole, or not at all. Once there it is left alone."""
     path = _path(folder, file.digest)
-    if path.exists():
-        return
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=folder, suffix=".partial", delete=False) as partial:
-        partial.write(file.content)
-        partial.flush()
-        os.fsync(partial.fileno())
-    Path(partial.name).replace(path)
+    if not folder.is_dir():
+        make_folder(folder)
+        folder.chmod(0o700)
+    if not path.exists():
+        _write(file.content, path)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        os.fsync(descriptor)  # also of a file that was there: whoever wrote it may have died before this
     finally:
         os.close(descriptor)
 
@@ -80,6 +78,18 @@ def read_kept(name: str, digest: str, folder: Path, blocks: Mapping[int, SomeBlo
             f"the experts of group {name!r} are not those that were added: {path} has the digest {file.digest}"
         )
     return file
+
+
+def _write(content: bytes, path: Path) -> None:
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as partial:
+        try:
+            partial.write(content)
+            partial.flush()
+            os.fsync(partial.fileno())
+            Path(partial.name).replace(path)
+        except BaseException:
+            Path(partial.name).unlink()
+            raise
 
 
 def _path(folder: Path, digest: str) -> Path:

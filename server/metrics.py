@@ -147,7 +147,7 @@ class EngineCollector(Collector):
         steps.add_metric(["ok"], sum(e.counters.steps for e in engines))
         steps.add_metric(["failed"], sum(e.counters.failed_steps for e in engines))
         yield steps
-        lessons = _counter("lessons_failed", "Batches of prompts whose lesson raised.")
+        lessons = _counter("lessons_failed", "Chunks of prompts whose lesson raised.")
         lessons.add_metric([], sum(e.counters.lessons_failed for e in engines))
         yield lessons
 

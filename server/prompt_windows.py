@@ -9,7 +9,7 @@ from model.keys import KeyView
 from server.crediting import RowsByLayer
 from server.engine.renewal import KeyRenewal
 from server.engine.sequence import Lesson
-from server.plasticity import OpenWindow, Teacher
+from server.plasticity import Epoch, OpenWindow, Teacher
 
 
 class PromptWindows:
@@ -31,21 +31,21 @@ class PromptWindows:
         self._teacher, self._scope, self._done = teacher, scope, done
         self._window_tokens = window_tokens
         self._last_border = (prompt_tokens - 1) // window_tokens * window_tokens
-        self._window = OpenWindow()
+        self._window = OpenWindow(teacher.epoch(scope))
 
     def __call__(self, lesson: Lesson) -> None:
-        end = lesson.start + len(lesson.targets)
+        end, epoch = lesson.start + len(lesson.targets), self._teacher.epoch(self._scope)
         if end > self._last_border:
-            self._teacher.take(self._scope, lesson)
+            self._teacher.take(self._scope, lesson, epoch=epoch)
         else:
-            self._teacher.credit(self._scope, lesson, 1.0, partial(self._collect, end))
+            self._teacher.credit(self._scope, lesson, 1.0, partial(self._collect, end, epoch))
 
-    def _collect(self, end: int, rows: RowsByLayer | None) -> None:
+    def _collect(self, end: int, epoch: Epoch, rows: RowsByLayer | None) -> None:
         if rows is not None:
-            self._window.add(rows)
+            self._window.add(rows, epoch)
         if end % self._window_tokens:
             return
-        window, self._window = self._window, OpenWindow()
+        window, self._window = self._window, OpenWindow(epoch)
         done = partial(self._done, end)
         if not window.tokens or not self._teacher.submit(self._scope, window, window.tokens, done):
             done()

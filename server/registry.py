@@ -71,12 +71,6 @@ class Plasticity:
             return ScopeId("session", tenant, session_id)
         return ScopeId("global") if self.learn_scope == "global" else ScopeId("tenant", tenant)
 
-    def forget_lessons(self, scope: ScopeId) -> None:
-        """Drop what was learned with the scope's keys beside them: they are being replaced."""
-        self.teacher.discard(scope)
-        if self.value_offsets is not None:
-            self.value_offsets.drop(scope)
-
 
 @dataclass(frozen=True, slots=True)
 class Watched:

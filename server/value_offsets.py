@@ -8,11 +8,13 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from keystore.fairness import who_makes_room
 from keystore.records import ScopeId
 from model.keys import KeyView
 from model.transformer import Transformer
@@ -40,7 +42,7 @@ class SessionOffsets:
     by_layer: Mapping[int, Tensor] = field(default_factory=dict[int, Tensor])  # (E, H) float32
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Session:
     """A session's offsets in force, and the sums of a window that is not full yet."""
 
@@ -62,29 +64,34 @@ class ValueOffsets:
 
     def __init__(self, model: Transformer, limits: OffsetLimits, clock: Callable[[], float] = time.monotonic):
         self._model, self._limits, self._clock = model, limits, clock
-        self._sessions: OrderedDict[ScopeId, Session] = OrderedDict()
+        self._sessions: OrderedDict[ScopeId, Session] = OrderedDict()  # that have been taught, in order of use
+        self._opened: WeakValueDictionary[ScopeId, Session] = WeakValueDictionary()  # those, and any being read
         self._lock = threading.Lock()
         self.windows: Counter[str] = Counter()  # by outcome: "moved", "non_finite"
 
     def open(self, scope: ScopeId) -> Session:
-        """The session's own, new if nobody used it within its time to live; the longest unused make room."""
+        """The session's own, new if nobody used it within its time to live. Nobody makes room for one that reads."""
         with self._lock:
             self._expire()
-            session = self._sessions.setdefault(scope, Session(scope, 0.0))
-            self._use(session)
-            while len(self._sessions) > self._limits.max_sessions:
-                self._sessions.popitem(last=False)
-            return session
+            if scope in self._sessions:
+                self._use(self._sessions[scope])
+            return self._opened.setdefault(scope, Session(scope, self._clock()))
 
     def take(self, session: Session, lesson: Lesson) -> None:
         """Add one chunk's tokens to the session's window, and move the offsets by every window that they fill.
 
-        A session that was dropped since it was opened learns nothing more.
+        Above `max_sessions` the longest unused of the tenant that has the most makes room. A session that was
+        dropped since it was opened learns nothing more.
         """
         with self._lock:
-            if self._sessions.get(session.scope) is not session:
+            if self._opened.get(session.scope) is not session:
                 return
+            self._sessions[session.scope] = session
             self._use(session)
+            for scope in who_makes_room(
+                self._sessions, max(0, len(self._sessions) - self._limits.max_sessions)
+            ):
+                self._forget(scope)
         gradient = direct_gradient(self._model, lesson)
         first = 0
         while first < len(gradient):
@@ -97,7 +104,7 @@ class ValueOffsets:
     def drop(self, scope: ScopeId) -> None:
         """Forget a session's offsets, if it has any; requests that are running keep what they read."""
         with self._lock:
-            self._sessions.pop(scope, None)
+            self._forget(scope)
 
     def held(self) -> tuple[int, int]:
         """How many sessions have offsets, and the bytes of all that is held for sessions."""
@@ -111,10 +118,14 @@ class ValueOffsets:
         session.used_at = self._clock()
         self._sessions.move_to_end(session.scope)
 
+    def _forget(self, scope: ScopeId) -> None:
+        self._sessions.pop(scope, None)
+        self._opened.pop(scope, None)
+
     def _expire(self) -> None:
         oldest = self._clock() - self._limits.session_ttl_s
-        while self._sessions and next(iter(self._sessions.values())).used_at < oldest:
-            self._sessions.popitem(last=False)
+        while self._sessions and (first := next(iter(self._sessions.values()))).used_at < oldest:
+            self._forget(first.scope)
 
     def _move(self, session: Session, lesson: Lesson) -> None:
         """One window's worth of learning; the window is empty afterwards."""

@@ -1,7 +1,9 @@
-"""Binary layout of stored rows and usage. Little-endian, every size checked on the way in.
+"""Binary layout of stored rows, usage and settling states. Little-endian, every size checked on the way in.
 
-keys   "LKD1" | u32 layers | per layer: i32 layer, u32 rows R, u32 dim D | i64 ids[R] | f32 rows[R * D]
-usage  "LKU1" | u32 layers | per layer: i32 layer, u32 experts M | f32 usage[M]
+keys      "LKD1" | u32 layers | per layer: i32 layer, u32 rows R, u32 dim D | i64 ids[R] | f32 rows[R * D]
+usage     "LKU1" | u32 layers | per layer: i32 layer, u32 experts M | f32 usage[M]
+settling  "LKS2" | sha256 of the rest | u32 layers | per layer: i32 layer, u32 experts S, u32 dim D
+          | i64 ids[S] | f64 tokens[S] | f64 moments[D * D] | f64 utilities[S * D]
 """
 
 import hashlib
@@ -16,8 +18,7 @@ from keystore.backends.base import PoolEvent, RowChanges
 from keystore.records import Float32Array
 from keystore.settling import SettlingState
 
-_KEYS_MAGIC, _USAGE_MAGIC, _SETTLING_MAGIC = b"LKD1", b"LKU1", b"LKS1"
-_SETTLING_HEADER = struct.Struct("<iIId")
+_KEYS_MAGIC, _USAGE_MAGIC, _SETTLING_MAGIC = b"LKD1", b"LKU1", b"LKS2"
 _COUNT, _KEYS_HEADER, _USAGE_HEADER = struct.Struct("<I"), struct.Struct("<iII"), struct.Struct("<iI")
 
 
@@ -72,8 +73,9 @@ def pack_settling(settling: Mapping[int, SettlingState]) -> bytes:
     parts = [_COUNT.pack(len(settling))]
     for layer in sorted(settling):
         state = settling[layer]
-        parts.append(_SETTLING_HEADER.pack(layer, *state.utilities.shape, state.tokens))
+        parts.append(_KEYS_HEADER.pack(layer, *state.utilities.shape))
         parts.append(state.expert_ids.astype("<i8").tobytes())
+        parts.append(state.tokens.astype("<f8").tobytes())
         parts.append(state.moments.astype("<f8").tobytes())
         parts.append(state.utilities.astype("<f8").tobytes())
     body = b"".join(parts)
@@ -87,8 +89,9 @@ def unpack_settling(blob: bytes) -> Mapping[int, SettlingState]:
         raise ValueError("the settling state does not match its checksum")
     states: dict[int, SettlingState] = {}
     for _ in range(reader.unpack(_COUNT)[0]):
-        layer, experts, dim, tokens = reader.unpack(_SETTLING_HEADER)
+        layer, experts, dim = reader.unpack(_KEYS_HEADER)
         ids = np.frombuffer(reader.take(8 * experts), "<i8").astype(np.int64)
+        tokens = np.frombuffer(reader.take(8 * experts), "<f8").astype(np.float64)
         moments = np.frombuffer(reader.take(8 * dim * dim), "<f8").astype(np.float64)
         utilities = np.frombuffer(reader.take(8 * experts * dim), "<f8").astype(np.float64)
         shaped = moments.reshape(dim, dim), utilities.reshape(experts, dim)

@@ -1,5 +1,6 @@
 """One step of continuous batching: schedule, forward, sample, deliver, teach. Knows no threads and no HTTP."""
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ from model.transformer import Segment, Transformer, Variant
 from server.engine.choosing import choose
 from server.engine.scheduler import Scheduler, SchedulerConfig
 from server.engine.sequence import FinishReason, Lesson, RoutedRows, Sequence, TokenEvent
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -99,14 +102,19 @@ class Engine:
         self._sample_and_deliver([s for s in unread if s.cache is not None], rows, hidden)
 
     def teach(self) -> None:
-        """Hand the finished chunks of teaching prompts on.
+        """Hand the finished chunks of teaching prompts on, each for itself: one that raises is counted.
 
-        Called after a step's tokens have been delivered, so the chunk's own reader does not wait for it.
+        Called after a step's tokens have been delivered, so the chunk's own reader does not wait for it; also after a
+        step that failed, because whoever waits for a lesson must hear of it.
         """
         lessons, self._lessons = self._lessons, []
         for lesson in lessons:
             assert lesson.sequence.teach is not None, lesson.sequence.sequence_id
-            lesson.sequence.teach(lesson)
+            try:
+                lesson.sequence.teach(lesson)
+            except Exception:
+                self.counters.lessons_failed += 1
+                logger.exception("a lesson failed", extra={"requests": [lesson.sequence.sequence_id]})
 
     def finish(
         self,
@@ -127,7 +135,6 @@ class Engine:
     def fail_running(self) -> list[Sequence]:
         """End every running sequence with an error, after a step that raised; returns them."""
         failed = list(self.scheduler.running)
-        self._lessons.clear()
         for sequence in failed:
             self.finish(sequence, "error")
         return failed

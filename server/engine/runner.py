@@ -158,12 +158,7 @@ class EngineRunner:
             self.engine.counters.failed_steps += 1
             failed = self.engine.fail_running()
             logger.exception("a step failed", extra={"requests": [s.sequence_id for s in failed]})
-            return
-        try:
-            self.engine.teach()
-        except Exception:
-            self.engine.counters.lessons_failed += 1
-            logger.exception("learning from a prompt failed")
+        self.engine.teach()
 
     def _retry_after_s(self, waiting: int) -> int:
         return max(1, min(30, waiting // max(1, self.engine.scheduler.config.max_running)))

@@ -40,7 +40,6 @@ def unfreeze(request: Request, endpoint: str, body: FreezeBody | None = None) ->
 def rollback(request: Request, endpoint: str, body: RollbackBody) -> Response:
     """Publish an old version's keys as a new version."""
     plasticity, scope = _target(request, endpoint, body.scope)
-    plasticity.forget_lessons(scope)
     version = plasticity.store.rollback(scope, body.to_version, if_version=body.if_version)
     return json_response({"endpoint": endpoint, "scope": str(scope), "version": version})
 
@@ -50,7 +49,6 @@ def reset(request: Request, endpoint: str, body: ResetBody | None = None) -> Res
     """Publish the anchors as a new version."""
     wanted = body or ResetBody()
     plasticity, scope = _target(request, endpoint, wanted.scope)
-    plasticity.forget_lessons(scope)
     version = plasticity.store.reset(scope, if_version=wanted.if_version)
     return json_response({"endpoint": endpoint, "scope": str(scope), "version": version})
 
@@ -73,7 +71,6 @@ def restore(request: Request, endpoint: str, body: RestoreBody) -> Response:
     file = _snapshot_file(state_of(request).snapshots_dir, body.name)
     if not file.is_file() or file.is_symlink():
         raise NotFound(f"there is no snapshot {body.name!r}", "name")
-    plasticity.forget_lessons(scope)
     version = plasticity.store.restore(scope, file, if_version=body.if_version)
     return json_response({"endpoint": endpoint, "scope": str(scope), "version": version})
 

@@ -159,12 +159,18 @@ def show_usage(
 ) -> Response:
     """Tokens per phase, layer and expert since the start of the process: the matrix behind the metrics.
 
+    0 for experts that a caller who is no admin does not see.
     As npz: `counts` (phases, layers, experts) and `layers`, which `numpy.load` reads without pickle.
     """
-    usage = state_of(request).registry.get(endpoint).usage
+    served, caller = state_of(request).registry.get(endpoint), caller_of(request)
+    usage = served.usage
     if usage is None:
         raise NotFound(f"the endpoint {endpoint!r} has no experts")
     counts = usage.counts.copy()
+    if served.plasticity is not None and caller.level != "admin":
+        view = served.plasticity.store.view(served.plasticity.scope_of(caller.tenant))
+        for i, layer in enumerate(usage.layers):
+            counts[:, i, np.setdiff1d(np.arange(counts.shape[2]), visible_experts(view, layer))] = 0
     if form == "npz":
         file = io.BytesIO()
         np.savez_compressed(file, counts=counts, layers=np.array(usage.layers))

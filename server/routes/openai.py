@@ -167,6 +167,12 @@ def _check_extent(
         raise InvalidRequest(
             f"'within_request' is on for {sequences} answers; allowed: one prompt and n = 1", "within_request"
         )
+    if body.within_request and body.routed_experts is not None:
+        raise InvalidRequest(
+            "'within_request' goes on with newer keys, which may lack experts that 'routed_experts' names; allowed:"
+            " one of them",
+            "within_request",
+        )
     tokens = sum(len(prompt) + body.n * max_tokens for prompt in prompts)
     if body.n > 1 and tokens > engine.cache.capacity_tokens:
         raise InvalidRequest(

@@ -176,20 +176,16 @@ def serve(make_tiny, tokenizer, canary) -> Callable[..., contextmanager]:
             store, plastic_blocks(tiny.blocks, [2]), tiny.variant.usage, runner, path / "experts-some"
         )
         experts.put_back()
+        offsets = value_offsets and ValueOffsets(tiny.model, value_offsets)
+        if offsets is not None:
+            store.subscribe_replaced(offsets.drop)
         dense = Endpoint("dense", "dense", 1, tokenizer, runner, CONTEXT, 256, None, None)
         some = replace(
             dense,
             name="some",
             variant="some",
             usage=tiny.variant.usage,
-            plasticity=Plasticity(
-                store,
-                teacher,
-                experts,
-                "learn",
-                learn_scope,
-                value_offsets and ValueOffsets(tiny.model, value_offsets),
-            ),
+            plasticity=Plasticity(store, teacher, experts, "learn", learn_scope, offsets),
         )
         others = {
             name: replace(dense, name=name, variant=name, usage=variant.usage)

@@ -38,7 +38,10 @@ class Recorder:
         return True
 
     def subscribe_deleted(self, callback):
-        pass
+        self._store.subscribe_deleted(callback)
+
+    def subscribe_replaced(self, callback):
+        self._store.subscribe_replaced(callback)
 
     def settling_ids(self, scope):
         return {}
