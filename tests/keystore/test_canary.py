@@ -8,27 +8,40 @@ import numpy as np
 import pytest
 
 from keystore.canary import CanaryRun, Guard, GuardConfig, routing_overlap
-from keystore.errors import CanaryFailed, InvalidConfig, InvalidSnapshot, KeyVersionUnavailable
+from keystore.errors import (
+    CanaryFailed,
+    InvalidConfig,
+    InvalidSnapshot,
+    KeyVersionUnavailable,
+    VersionConflict,
+)
 from keystore.gravity import check_bounds
 from keystore.records import GravityConfig, ScopeId
 from keystore.worker import ConsolidationWorker
 
 GLOBAL, TENANT = ScopeId("global"), ScopeId("tenant", "default")
 SESSION = ScopeId("session", "default", "a")
+BORN, ADDED = 16, 2  # experts of a layer
 HOME = {3: np.array([[0, 1], [2, 3]]), 5: np.array([[0, 1], [2, 3]])}
 
 
 class FakeProbe:
-    """Says what it is told of every version but the anchors, which lose 2 nats."""
+    """Says what it is told of every version but the anchors, which lose 2 nats while they are the born ones."""
 
     def __init__(self) -> None:
         self.loss_nats, self.expert_ids = 2.0, HOME
+        self.promoted_loss_nats, self.anchors_seen = 2.0, []
         self.seen: list[tuple[str, int]] = []
         self.meanwhile: Callable[[], None] = lambda: None
 
     def run(self, view):
         if view.version == 0:
-            return CanaryRun(2.0, HOME)
+            visible = view.visible_ids(3)
+            self.anchors_seen.append(len(view.keys_of(3)) if visible is None else len(visible))
+            if self.anchors_seen[-1] == BORN:
+                return CanaryRun(2.0, HOME)
+            self.meanwhile()
+            return CanaryRun(self.promoted_loss_nats, HOME)
         self.seen.append((str(view.scope), view.version))
         self.meanwhile()
         return CanaryRun(self.loss_nats, self.expert_ids)
@@ -217,6 +230,8 @@ def test_a_tenant_that_fails_goes_back_to_the_newest_version_that_passed(open_gu
     submit(guarded, window, TENANT, 1, 2)
     good = guarded.view(TENANT, 2).checksum
     guarded = open_guarded()  # what passed is remembered over a restart
+    replaced: list[ScopeId] = []
+    guarded.subscribe_replaced(replaced.append)
     probe.loss_nats = 2.2
     submit(guarded, window, TENANT, 3)
     assert guarded.counters().rollbacks == {"admin": 0, "canary": 0}
@@ -226,6 +241,7 @@ def test_a_tenant_that_fails_goes_back_to_the_newest_version_that_passed(open_gu
     assert (newest.version, newest.checksum) == (5, good)
     assert newest.reason == "rollback to 2: canary loss +10.00 %, overlap 1.000 at version 4"
     assert guarded.counters().rollbacks["canary"] == 1
+    assert replaced == [TENANT]
     assert "canary failed: going back to version 2" in caplog.text
     assert guarded.canary_readings()[TENANT].passed is False
     assert guarded.verify_audit() == 7  # five versions, two verdicts
@@ -312,3 +328,94 @@ def test_a_frozen_global_scope_learns_nothing(guarded, window, probe):
     assert guarded.counters().dropped["frozen"] == 1
     guarded.unfreeze(GLOBAL)
     assert submit(guarded, window, GLOBAL, 1)
+
+
+# ---- experts added while serving
+
+
+def new_keys() -> dict[int, np.ndarray]:
+    rng = np.random.default_rng(7)
+    return {layer: rng.standard_normal((ADDED, 8), dtype=np.float32) for layer in (3, 5)}
+
+
+@pytest.fixture
+def settling(guarded, window):
+    """The guarded store with a group in the tenant, which has learned once since."""
+    guarded.add_experts("extra", TENANT, new_keys(), "cafe")
+    assert guarded.submit(window(TENANT, 1, num_experts=BORN + ADDED))
+    assert len(guarded.consolidate_once()) == 1
+    return guarded
+
+
+@pytest.mark.parametrize("scope", [GLOBAL, TENANT])
+def test_a_scope_with_settling_experts_is_judged_against_the_anchors_without_them(
+    guarded, window, probe, scope, tmp_path
+):
+    guarded.add_experts("extra", scope, new_keys(), "cafe")
+    assert guarded.submit(window(scope, 1, num_experts=BORN + ADDED))
+    (published,) = guarded.consolidate_once()
+    assert published.visible_ids(3) is None
+    assert probe.seen == [(str(scope), 2)]
+    guarded.snapshot(scope, None, tmp_path / "keys.safetensors")
+    if scope == GLOBAL:
+        guarded.restore(GLOBAL, tmp_path / "keys.safetensors")
+    assert probe.anchors_seen == [BORN]
+
+
+def test_experts_that_harm_are_not_promoted(settling, probe, caplog):
+    everybody, audited = settling.view(GLOBAL), settling.verify_audit()
+    readings = settling.canary_readings()
+    probe.promoted_loss_nats = 2.2
+    with (
+        caplog.at_level(logging.WARNING),
+        pytest.raises(CanaryFailed, match=r"experts extra: canary loss \+10\.00 %.*allowed: loss \+0\.50 %"),
+    ):
+        settling.promote_experts("extra")
+    assert "experts extra are not promoted" in caplog.text
+    assert settling.expert_groups()[0].state == "settling"
+    assert settling.view(GLOBAL) is everybody
+    assert settling.canary_readings() == readings, "they are no scope's keys"
+    assert settling.verify_audit() == audited + 1, "the verdict"
+    probe.promoted_loss_nats = 2.0
+    assert settling.promote_experts("extra").state == "promoted"
+    assert settling.view(GLOBAL).visible_ids(3) is None
+
+
+def test_what_is_promoted_is_what_was_judged_while_learning_goes_on(settling, window, probe):
+    judged, moved = settling.view(TENANT).keys_of(3)[BORN:], []
+
+    def learn() -> None:
+        assert settling.submit(window(TENANT, 2, num_experts=BORN + ADDED))
+        moved.extend(settling.consolidate_once())
+
+    def in_another_thread() -> None:
+        thread = threading.Thread(target=learn, daemon=True)
+        thread.start()
+        thread.join(30)
+
+    probe.meanwhile = in_another_thread
+    settling.promote_experts("extra")
+    assert len(moved) == 1
+    assert not np.array_equal(moved[0].keys_of(3)[BORN:], judged)
+    for scope in (GLOBAL, TENANT):
+        np.testing.assert_array_equal(settling.view(scope).keys_of(3)[BORN:], judged)
+
+
+def test_a_promotion_is_refused_when_the_pool_changes_while_it_is_judged(settling, probe):
+    probe.meanwhile = lambda: settling.retire_experts("extra")
+    with pytest.raises(VersionConflict, match="promotion of extra"):
+        settling.promote_experts("extra")
+    assert settling.expert_groups()[0].state == "retired"
+
+
+def test_keys_read_before_the_pool_changed_are_not_restored(guarded, open_guarded, window, probe, tmp_path):
+    submit(guarded, window, GLOBAL, 1)
+    guarded.snapshot(GLOBAL, None, tmp_path / "keys.safetensors")
+    latest = guarded.reset(GLOBAL)
+    probe.meanwhile = lambda: guarded.add_experts("extra", TENANT, new_keys(), "cafe")
+    with pytest.raises(VersionConflict, match="the expert pool went on to generation 1"):
+        guarded.restore(GLOBAL, tmp_path / "keys.safetensors")
+    assert guarded.view(GLOBAL).version == latest
+    probe.meanwhile = lambda: None
+    assert guarded.restore(GLOBAL, tmp_path / "keys.safetensors") == latest + 1
+    assert open_guarded().view(GLOBAL).visible_ids(3).tolist() == list(range(BORN))

@@ -315,3 +315,33 @@ def test_a_store_with_a_large_layer_learns_restarts_and_counts(open_here, teach)
     settled(store._index_builder)
     np.testing.assert_array_equal(store.view(TENANT).search(3, queries, 4)[1], exact[1])
     assert store.counters().index_builds[3, "built"] >= 1
+
+
+@pytest.mark.parametrize("promoted", [False, True])
+@pytest.mark.parametrize("added", [8, 64])
+def test_experts_come_and_go_in_a_layer_that_has_lists(open_here, added, promoted) -> None:
+    born = 512
+    store = open_here(anchors={3: clustered(born)}, plastic_layers=[3], exact_limit=128)
+    builder, other = store._index_builder, ScopeId("tenant", "other")
+    settled(builder)
+    new = 3 * clustered(added, seed=5)  # long, so that a search finds them where it can
+    store.add_experts("extra", TENANT, {3: new}, "cafe")
+    settled(builder)
+    found = store.view(TENANT).search(3, new, K)[1]
+    assert all(born + row in ids for row, ids in enumerate(found.tolist()))
+    assert store.view(other).search(3, new, K)[1].max() < born
+    if promoted:
+        store.promote_experts("extra")
+        settled(builder)
+        assert all(born + row in ids for row, ids in enumerate(store.view(other).search(3, new, K)[1]))
+    store.retire_experts("extra")
+    queries = np.concatenate([new, near(clustered(born), 64)])
+    for _ in range(2):  # before and after lists are built for the rows that are left
+        for scope in (TENANT, other, ScopeId("tenant", "unknown")):
+            view = store.view(scope)
+            scores, ids = view.search(3, queries, K)
+            assert 0 <= ids.min() <= ids.max() < born
+            np.testing.assert_array_equal(view.score(3, queries, ids), scores)
+            wanted = KeyIndex(view.keys_of(3)[:born]).search(queries, K)[1]
+            assert np.mean([np.isin(row, seen) for row, seen in zip(wanted, ids, strict=True)]) > 0.9
+        settled(builder)

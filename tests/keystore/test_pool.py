@@ -263,6 +263,27 @@ def test_settling_experts_find_their_address_and_keep_what_they_know_over_a_rest
         )
 
 
+def test_watching_while_a_window_is_learned_forgets_nothing(open_here, monkeypatch) -> None:
+    law = GravityConfig(settling_warmup_tokens=100)
+    open_here(law).add_experts("extra", TENANT, new_keys(), "cafe")
+    store = open_here(law)
+    read, reads = store._backend.settling, []
+
+    def read_slowly(scope: ScopeId):
+        stored = read(scope)
+        reads.append(scope)
+        if len(reads) == 1:  # the watcher's; the window's own comes second
+            store.submit(utilities(TENANT, 0)[0])
+            assert store.consolidate_once() == [], "64 tokens are too few"
+        return stored
+
+    monkeypatch.setattr(store._backend, "settling", read_slowly)
+    store.settling("extra")
+    assert len(reads) == 2
+    store.submit(utilities(TENANT, 1)[0])
+    assert len(store.consolidate_once()) == 1, "128 are enough"
+
+
 def test_after_a_reset_settling_experts_begin_anew(open_here) -> None:
     store = open_here(GravityConfig(settling_warmup_tokens=100))
     store.add_experts("extra", TENANT, new_keys(), "cafe")
@@ -309,6 +330,21 @@ def test_windows_from_before_an_expert_came_and_after_it_went_teach_the_others(s
     np.testing.assert_array_equal(learned.usage[3][NEW_IDS], [1.0, 1.0])
     with pytest.raises(InvalidStatistics, match="16 to 18 experts"):
         store.submit(window(OTHER, 3, num_experts=BORN + ADDED + 1))
+
+
+def test_a_window_of_as_many_experts_as_are_seen_now_is_still_of_those_it_was_of(store, window) -> None:
+    store.add_experts("old", TENANT, new_keys(), "cafe")
+    early = window(TENANT, 1, num_experts=BORN + ADDED)
+    store.retire_experts("old")
+    store.add_experts("new", TENANT, new_keys(8), "beef")
+    store.promote_experts("new")
+    home = store.view(TENANT)
+    assert len(home.visible_ids(3)) == BORN + ADDED
+    assert store.submit(early)
+    (learned,) = store.consolidate_once()
+    assert not np.array_equal(learned.keys_of(3)[:BORN], home.keys_of(3)[:BORN])
+    np.testing.assert_array_equal(learned.keys_of(3)[BORN:], home.keys_of(3)[BORN:])
+    assert (learned.usage[3][BORN + ADDED :] < 1).all(), "the new ones were selected by nobody"
 
 
 @pytest.mark.parametrize(("inertia", "expected"), [("ema", 1.0), ("count", 0.0)])

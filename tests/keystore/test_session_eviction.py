@@ -34,6 +34,14 @@ def test_reading_a_session_is_using_it(open_here, teach) -> None:
     assert store.scopes() == [A, C]
 
 
+def test_one_tenants_many_sessions_push_no_other_tenants_out(open_here, teach) -> None:
+    store = open_here(max_sessions=3, session_eviction="discard")
+    theirs = [ScopeId("session", "other", name) for name in "wxyz"]
+    for seed, session in enumerate((A, B, *theirs)):
+        teach(store, seed, session)
+    assert store.scopes() == [B, *theirs[2:]], "of equally many the one used longest ago"
+
+
 def test_a_store_that_saved_more_before_comes_down_to_the_cap(open_here, teach) -> None:
     store = open_here(max_sessions=2)
     for seed, session in enumerate(SESSIONS):

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from keystore.backends.blobs import pack_settling, unpack_settling
 from keystore.errors import InvalidStatistics, NonFiniteStatistics
 from keystore.records import GravityConfig
 from keystore.settling import SettlingState, advance_settling, settle
@@ -119,7 +120,7 @@ def test_old_tokens_fade_with_a_half_life() -> None:
     newest = settled(stats_of(other, elsewhere))[IDS]
     got, _ = settle(np.zeros((M, D), np.float32), state, fading, norm=2.0)
     assert (cosines(got[IDS], newest) > 0.999).all()
-    assert state.tokens < TOKENS * 1.01
+    assert (state.tokens < TOKENS * 1.01).all()
 
 
 def test_more_experts_join_without_anyone_forgetting() -> None:
@@ -131,9 +132,39 @@ def test_more_experts_join_without_anyone_forgetting() -> None:
     early = advance_settling(joined, stats_of(queries, utilities), CONFIG, TOKENS)  # a window that knows no 3
     assert np.array_equal(early.utilities[[0, 2]], 2 * state.utilities)
     assert not early.utilities[1].any()
+    assert early.tokens.tolist() == [2 * TOKENS, 0, 2 * TOKENS]
     without = replace(stats_of(queries, utilities), utility=None)
     with pytest.raises(InvalidStatistics, match="settle"):
         advance_settling(joined, without, CONFIG, TOKENS)
+
+
+def test_an_expert_that_joins_later_waits_for_tokens_of_its_own() -> None:
+    queries, utilities, addresses = planted(9)
+    keys, ids = np.random.default_rng(0).standard_normal((M, D)).astype(np.float32), np.array([2, 3, 5])
+    state = advance_settling(SettlingState.empty(IDS, D), stats_of(queries, utilities), CONFIG, TOKENS)
+    few, later = queries[:50], np.random.default_rng(1).standard_normal(D)
+    told = np.insert(few @ addresses.T, 1, few @ later, axis=1)
+    state = advance_settling(state.of(ids), stats_of(few, told, ids), CONFIG, 50)
+    moved, who = settle(keys, state, CONFIG, norm=2.0)
+    assert who.tolist() == [2, 5]
+    assert np.array_equal(moved[3], keys[3])
+    queries = stretched_queries(np.random.default_rng(2))
+    told = np.insert(queries @ addresses.T, 1, queries @ later, axis=1)
+    state = advance_settling(state, stats_of(queries, told, ids), CONFIG, TOKENS)
+    moved, who = settle(keys, state, CONFIG, norm=2.0)
+    assert who.tolist() == [2, 3, 5]
+    predicted = np.corrcoef(queries @ moved[3], queries @ later)[0, 1]
+    assert predicted > 0.99, "that the query moments know more tokens than it does no harm"
+
+
+def test_what_is_known_of_each_expert_is_stored() -> None:
+    queries, utilities, _ = planted(10)
+    state = advance_settling(SettlingState.empty(IDS, D), stats_of(queries, utilities), CONFIG, TOKENS)
+    state = state.of(np.array([2, 3, 5]))
+    read = unpack_settling(pack_settling({4: state}))[4]
+    assert read.tokens.tolist() == [TOKENS, 0, TOKENS]
+    for name in ("expert_ids", "moments", "utilities"):
+        np.testing.assert_array_equal(getattr(read, name), getattr(state, name))
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf])

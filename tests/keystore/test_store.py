@@ -331,3 +331,26 @@ def test_a_scope_that_cannot_be_read_does_not_stop_the_others_from_learning(
     store.submit(window(OTHER))
     assert [snapshot.scope for snapshot in store.consolidate_once()] == [OTHER]
     assert store.counters().updates["rejected"] == 1
+
+
+def test_who_gathers_for_a_scope_hears_when_its_keys_are_replaced(store, teach, tmp_path, caplog) -> None:
+    replaced: list[tuple[ScopeId, int]] = []
+
+    def fail(scope: ScopeId) -> None:
+        raise RuntimeError(scope)
+
+    store.subscribe_replaced(fail)
+    end = store.subscribe_replaced(lambda scope: replaced.append((scope, store.view(scope).version)))
+    teach(store, 1)
+    teach(store, 2, SESSION)
+    store.snapshot(TENANT, None, tmp_path / "keys.safetensors")
+    assert replaced == [], "learning replaces nothing"
+    store.rollback(SESSION, 1)
+    store.reset(TENANT)
+    store.restore(TENANT, tmp_path / "keys.safetensors")
+    assert replaced == [(SESSION, 3), (TENANT, 2), (TENANT, 3)]
+    assert store.counters().subscriber_failures == 3
+    assert "subscriber failed" in caplog.text
+    end()
+    store.reset(TENANT)
+    assert len(replaced) == 3
