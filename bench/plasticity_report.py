@@ -89,7 +89,9 @@ def sessions_table(known: dict, interval: Interval) -> str:
         ]
         for rule in rules:
             gains = {d: gains_of(by_domain[d], rule) for d in domains if rule in by_domain[d]["losses"]}
-            cells = [_cell(gains[d], by_domain[d]["file_index"], interval) for d in gains]
+            cells = [
+                _cell(gains[d], by_domain[d]["file_index"], interval) if d in gains else "" for d in domains
+            ]
             fresh = [d for d in gains if d in UNTRAINED]
             offsets = np.cumsum([0, *(1 + max(by_domain[d]["file_index"]) for d in fresh)])
             index = [np.array(by_domain[d]["file_index"]) + o for d, o in zip(fresh, offsets, strict=False)]
@@ -121,6 +123,8 @@ def sessions_plot(known: dict, path: Path) -> None:
         for place, (domain, entry) in enumerate(by_domain.items()):
             spread = (place - len(by_domain) / 2) * 0.12
             for column, rule in enumerate(rules):
+                if rule not in entry["losses"]:
+                    continue
                 gains = gains_of(entry, rule)
                 axis.plot(
                     np.full(len(gains), column + spread),

@@ -370,8 +370,8 @@ class KeyStore:
         """Keys, usage and tokens of `target` as the scope's next version."""
         with self._writing:
             snapshot = self._ledger.publish_content(scope, target, reason, if_version)
+            self._replaced.notify([scope])  # first: a window handed in meanwhile is discarded below
             self._intake.discard(scope)
-            self._replaced.notify([scope])
             self._after_publishing([snapshot])
             return snapshot.version
 

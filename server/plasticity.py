@@ -77,7 +77,7 @@ class Teacher:
             for layer, rows in anchors.items()
         }
         self._open: OrderedDict[ScopeId, OpenWindow] = OrderedDict()
-        self._epochs: WeakValueDictionary[ScopeId, Epoch] = WeakValueDictionary()  # of those that are teaching
+        self._epochs = WeakValueDictionary[ScopeId, Epoch]()  # of those that are teaching
         self._lock = threading.RLock()
         store.subscribe_deleted(self.discard)
         store.subscribe_replaced(self.discard)

@@ -126,7 +126,7 @@ class KeyStoreSettings(Section):
     versions_in_memory: Count = 8
     versions_on_disk: Count = 64
     max_sessions: Count = 1024
-    session_eviction: SessionEviction = "save"  # of the session used longest ago, above max_sessions
+    session_eviction: SessionEviction = "save"  # of sessions above max_sessions
     session_ttl_s: Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)] = 3600.0
     exact_limit: Count = 16_384  # keys a layer; larger ones are searched through inverted lists
 

@@ -64,8 +64,8 @@ class ValueOffsets:
 
     def __init__(self, model: Transformer, limits: OffsetLimits, clock: Callable[[], float] = time.monotonic):
         self._model, self._limits, self._clock = model, limits, clock
-        self._sessions: OrderedDict[ScopeId, Session] = OrderedDict()  # that have been taught, in order of use
-        self._opened: WeakValueDictionary[ScopeId, Session] = WeakValueDictionary()  # those, and any being read
+        self._sessions: OrderedDict[ScopeId, Session] = OrderedDict()  # that were taught, in order of use
+        self._opened = WeakValueDictionary[ScopeId, Session]()  # those, and others that requests hold
         self._lock = threading.Lock()
         self.windows: Counter[str] = Counter()  # by outcome: "moved", "non_finite"
 

@@ -30,7 +30,7 @@ from server.stream.rules import FROZEN, StreamRule
 from server.stream.text import Pieces, cut, texts_in
 
 MAX_FILE_TOKENS = 8192  # the base's context; what a file has beyond it is left out
-BIAS_RATE = 1.0
+BIAS_RATE = 20.0  # the best of the tuning split of bench/plasticity.py
 FORGETTING_WINDOWS = 8
 
 

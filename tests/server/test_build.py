@@ -1,5 +1,6 @@
 """From settings to engines: who shares a base, and what is refused before anything is served."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,14 @@ def test_five_endpoints_are_served_by_default_from_one_base(built):
     plastic = [name for name, endpoint in parts.registry.endpoints.items() if endpoint.plasticity is not None]
     assert plastic == ["some"]
     assert [name for name, e in parts.registry.endpoints.items() if e.usage is None] == ["dense"]
+
+
+def test_the_data_folder_is_there_durably(built, tmp_path, monkeypatch):
+    synced, sync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(os.fstat(fd).st_ino), sync(fd)))
+    built(endpoints={"dense": {"variant": "dense"}})
+    assert (tmp_path / "data").is_dir()
+    assert tmp_path.stat().st_ino in synced
 
 
 def test_endpoints_on_two_devices_get_an_engine_and_a_base_each(built):

@@ -255,6 +255,19 @@ def test_hidden_experts_are_nowhere_to_be_seen_by_others(served, tmp_path):
     assert np.array(usage["counts"]).shape == (2, 2, 11)
 
 
+def test_how_busy_hidden_experts_are_is_told_to_nobody_else(served, tmp_path):
+    add_loud(served, tmp_path)
+    answer(served, ALICE)
+    alice, bob, root = (
+        np.array(served.get("/v1/keys/some/usage", headers=who).json()["counts"])
+        for who in (ALICE, BOB, ROOT)
+    )
+    assert root[:, 1, 8:].any()
+    assert np.array_equal(alice, root)
+    assert not bob[:, 1, 8:].any()
+    assert np.array_equal(bob[:, :, :8], root[:, :, :8])
+
+
 def test_routed_experts_name_added_ones_and_may_prescribe_only_what_is_visible(served, tmp_path):
     add_loud(served, tmp_path)
     routed = answer(served, ALICE, return_routed_experts=True)[0]["routed_experts"]

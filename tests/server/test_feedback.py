@@ -1,5 +1,7 @@
 """A reward scales what an answer's tokens teach, in the scope that wrote it and nowhere else."""
 
+import asyncio
+import itertools
 import math
 
 import numpy as np
@@ -225,6 +227,60 @@ def test_no_text_reaches_the_log(learning, write, log_lines):
     assert judged(served, answer["id"], 1).status_code == 200
     assert any("feedback" in line for line in log_lines)
     assert not any("canary" in line for line in log_lines)
+
+
+def failing_take(monkeypatch, teacher, fails):
+    """`teacher` raises on these of its lessons, counted from 0."""
+    take, number = teacher.take, itertools.count()
+
+    def sometimes(*arguments, **options):
+        if next(number) in fails:
+            raise RuntimeError("no lesson")
+        take(*arguments, **options)
+
+    monkeypatch.setattr(teacher, "take", sometimes)
+
+
+def test_a_lesson_that_raises_takes_no_other_of_its_step_along(learning, monkeypatch):
+    served = learning()
+    failing_take(monkeypatch, served.state.registry.get("some").plasticity.teacher, {0})
+    answered(served, prompt=["the first prompt", "second"], max_tokens=2, ignore_eos=True)
+    assert served.engine.counters.lessons_failed == 1
+    served.post("/admin/keys/some/consolidate")
+    assert served.store.view(TENANT).tokens == len("second") - 1
+
+
+def judged_in_time(served, answer_id):
+    async def judge():
+        async with served.client() as client:
+            body = {"id": answer_id, "reward": 1}
+            return await asyncio.wait_for(client.post("/v1/feedback", json=body), 30)
+
+    return asyncio.run(judge())
+
+
+def test_a_judgement_that_cannot_teach_says_so(learning, write, monkeypatch):
+    write("calm")
+    served = learning()
+    answer = answered(served, prompt="sea: ")
+    failing_take(monkeypatch, served.state.registry.get("some").plasticity.teacher, {0})
+    assert judged_in_time(served, answer["id"]).status_code == 500
+    assert served.engine.counters.lessons_failed == 1
+
+
+def test_a_judgement_ends_when_its_step_fails_behind_its_last_token(learning, write, monkeypatch):
+    write("calm")
+    served = learning()
+    answer = answered(served, prompt="sea: ")
+    step = served.engine.step
+
+    def failing():
+        step()
+        raise RuntimeError("somebody else's")
+
+    monkeypatch.setattr(served.engine, "step", failing)
+    assert judged_in_time(served, answer["id"]).json()["learned_tokens"] == len("calm") + 1
+    assert served.engine.counters.failed_steps > 0
 
 
 def past(tenant="t", texts=1):

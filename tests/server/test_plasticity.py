@@ -1,5 +1,6 @@
 """From traces to windows: counted in tokens, the same however the tokens came."""
 
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -10,9 +11,10 @@ from keystore.backends.embedded import EmbeddedBackend
 from keystore.records import GravityConfig, ScopeId
 from keystore.store import KeyStore
 from model.blocks.base import RoutingTrace
-from server.crediting import LayerRows
+from server.crediting import LayerRows, plain_rows
 from server.engine.sequence import Lesson
 from server.plasticity import Teacher
+from server.prompt_windows import PromptWindows
 
 TENANT = ScopeId("tenant", "default")
 TOKENS = [(7 * i * i + 3 * i) % 97 for i in range(81)]
@@ -116,6 +118,121 @@ def test_a_discarded_window_never_teaches(tiny, store):
     teacher.discard(TENANT)
     teacher.flush()
     assert [w.tokens for w in recorder.windows] == [32, 32]
+
+
+@pytest.mark.parametrize(("way", "to"), [("reset", ()), ("rollback", (0,))])
+def test_what_was_read_with_replaced_keys_never_teaches(tiny, store, way, to):
+    recorder, teacher = windows_of(tiny, store, [80], rule="gradient")
+    begun = teacher.lesson_taker(TENANT)
+    held = threading.Event()
+    teacher.background.put(held.wait)
+    queued, late = lessons(tiny, [40, 40])
+    begun(queued)
+    getattr(store, way)(TENANT, *to)
+    begun(late)
+    held.set()
+    teacher.flush()
+    assert [w.tokens for w in recorder.windows] == [32, 32]
+    assert recorder.dropped == ["superseded"] * 2
+    for lesson in lessons(tiny, [40]):
+        teacher.lesson_taker(TENANT)(lesson)
+    teacher.close()
+    assert [w.tokens for w in recorder.windows] == [32, 32, 32, 8]
+
+
+def test_a_prompts_own_window_is_dropped_when_its_keys_are_replaced(tiny, store):
+    law = GravityConfig(window_tokens=32)
+    recorder = Recorder(store)
+    teacher = Teacher(tiny.model, recorder, law, tiny.blocks, frozenset({1, 2}))
+    through = []
+    own = PromptWindows(teacher, TENANT, 32, len(TOKENS), through.append)
+    first, rest, following = lessons(tiny, [16, 16, 32])
+    own(first)
+    store.reset(TENANT)
+    own(rest)
+    own(following)
+    assert through == [32], "refused; the recorder tells nobody of what it took"
+    assert [w.tokens for w in recorder.windows] == [32]
+    assert recorder.dropped == ["superseded"]
+
+
+def test_lessons_that_the_end_cuts_off_are_counted_and_open_windows_are_submitted(tiny, store, monkeypatch):
+    monkeypatch.setattr("server.plasticity.DRAIN_S", 0.01)
+    recorder, teacher = windows_of(tiny, store, [40], rule="gradient")
+    begun, held = threading.Event(), threading.Event()
+    teacher.background.put(lambda: (begun.set(), held.wait()))
+    begun.wait()
+    for lesson in lessons(tiny, [20, 20]):
+        teacher.take(TENANT, lesson)
+    # The thread is told to stop while it still holds the work at hand.
+    monkeypatch.setattr(teacher.background, "_thread", Released(teacher.background._thread, held))
+    teacher.close()
+    assert recorder.dropped == ["credit_behind"] * 2
+    assert [w.tokens for w in recorder.windows] == [32, 8]
+
+
+class Released:
+    """A thread that can be joined once it is let go."""
+
+    def __init__(self, thread, held):
+        self._thread, self._held = thread, held
+
+    def join(self):
+        self._held.set()
+        self._thread.join()
+
+
+def test_a_window_that_cannot_be_added_in_the_background_is_counted(tiny, store, monkeypatch):
+    recorder = Recorder(store)
+    monkeypatch.setattr(recorder, "submit", lambda stats, done: 1 / 0)
+    law = GravityConfig(window_tokens=32, rule="gradient")
+    teacher = Teacher(tiny.model, recorder, law, tiny.blocks, frozenset({1, 2}))
+    for lesson in lessons(tiny, [40]):
+        teacher.take(TENANT, lesson)
+    assert teacher.background.drain(30)
+    assert recorder.dropped == ["credit_failed"]
+    monkeypatch.undo()
+    teacher.close()
+
+
+def test_one_tenants_many_scopes_close_no_window_of_another(tiny, store, monkeypatch):
+    monkeypatch.setattr("server.plasticity.MAX_OPEN_WINDOWS", 2)
+    recorder, teacher = windows_of(tiny, store, [8])
+    for name in "abc":
+        for lesson in lessons(tiny, [4]):
+            teacher.take(ScopeId("session", "other", name), lesson)
+    assert [str(w.scope) for w in recorder.windows] == ["session:other/a", "session:other/b"]
+    assert [w.tokens for w in recorder.windows] == [4, 4]
+
+
+def test_a_tenants_added_experts_scale_nobodys_credit_after_a_restart(tiny, tmp_path, store):
+    group = {2: np.full((16, 16), 100.0, np.float32)}
+    first, _ = windows_of(tiny, store, [40])
+    store.add_experts("loud", ScopeId("tenant", "other"), group, "digest")
+    then, _ = windows_of(tiny, store, [40])
+    np.testing.assert_array_equal(
+        then.windows[0].layers[2].weighted_queries[:8], first.windows[0].layers[2].weighted_queries
+    )
+
+
+def test_submitting_a_window_reads_no_session_from_disk(tiny, store, monkeypatch):
+    session = ScopeId("session", "default", "s")
+    recorder = Recorder(store)
+    asked = []
+    monkeypatch.setattr(recorder, "view", lambda scope: asked.append(scope) or store.view(scope))
+    teacher = Teacher(tiny.model, recorder, GravityConfig(window_tokens=32), tiny.blocks, frozenset({1, 2}))
+    for lesson in lessons(tiny, [40]):
+        teacher.take(session, lesson)
+    assert len(recorder.windows) == 1
+    assert session not in asked
+
+
+def test_rows_keep_nothing_of_the_rest_of_the_step(tiny):
+    (lesson,) = lessons(tiny, [40])
+    trace = lesson.trace.by_layer[2]
+    rows = plain_rows(trace, 4)
+    assert not np.shares_memory(rows.queries, trace.queries.numpy())
+    assert not np.shares_memory(rows.expert_ids, trace.expert_ids.numpy())
 
 
 def test_the_literal_rule_counts_and_sums_plain_queries(tiny, store):

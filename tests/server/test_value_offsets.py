@@ -118,7 +118,7 @@ def test_the_longest_unused_session_makes_room_and_unused_ones_expire(tiny, held
     size_bytes = 2 * 2 * 8 * 32 * 4  # sessions, layers, experts, hidden, float32
     assert held.held() == (2, size_bytes)
     held.open(ANNA)
-    held.open(ScopeId("session", "default", "clara"))
+    taught(tiny, held, ScopeId("session", "default", "clara"), [8])
     assert held.open(ANNA).offsets.windows == 1
     assert held.open(BORIS).offsets.windows == 0
     clock.now = 99.0
@@ -127,6 +127,26 @@ def test_the_longest_unused_session_makes_room_and_unused_ones_expire(tiny, held
     assert held.held() == (1, size_bytes // 2)
     clock.now = 200.0
     assert held.held() == (0, 0)
+
+
+def test_another_tenants_readers_and_many_sessions_push_nobody_out(tiny, held):
+    taught(tiny, held, ANNA, [32])
+    theirs = [ScopeId("session", "other", str(i)) for i in range(3)]
+    reading = [held.open(scope) for scope in theirs]
+    assert held.held()[0] == 1
+    assert [session.offsets.windows for session in reading] == [0, 0, 0]
+    for scope in theirs:
+        taught(tiny, held, scope, [32])
+    assert held.open(ANNA).offsets.windows == 1
+    assert [held.open(scope).offsets.windows for scope in theirs] == [0, 0, 1]
+
+
+def test_requests_that_open_a_session_together_teach_the_same_one(tiny, held):
+    one, other = held.open(ANNA), held.open(ANNA)
+    for session in (one, other):
+        for lesson in lessons(tiny, [32]):
+            held.take(session, lesson)
+    assert held.open(ANNA).offsets.windows == 2
 
 
 def test_a_dropped_session_is_taught_nothing_by_requests_that_still_run(tiny, held):

@@ -1,6 +1,7 @@
 """A long prompt that learns from its own windows: what it waits for, what it reports, and that it is reproducible."""
 
 import asyncio
+import base64
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -25,6 +26,12 @@ WITHIN = {
     "session_id": "s",
     "within_request": True,
 }
+ROUTES = base64.b64encode(
+    b"\x93NUMPY\x01\x00"
+    + (118).to_bytes(2, "little")
+    + b"{'descr': '|u1', 'fortran_order': False, 'shape': (1, 2, 2), }".ljust(117)
+    + b"\n\x00\x01\x00\x01"
+)
 SPANS = [{"from_token": 64 * i, "key_version": i} for i in range(4)]
 PATIENT_S = 60.0  # longer than any test waits
 
@@ -212,6 +219,7 @@ def test_answers_that_did_not_ask_report_no_spans(served):
         {"plasticity": "off"},
         {"key_version": 0},
         {"max_tokens": 0, "echo": True},
+        {"plasticity": "learn", "routed_experts": ROUTES.decode()},
         {"model": "dense", "session_id": None},
         {"model": "moe"},
     ],
