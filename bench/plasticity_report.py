@@ -52,19 +52,21 @@ def discovery_table(known: dict, tokens: list[int]) -> str:
 
 def discovery_plot(known: dict, path: Path) -> None:
     """Recovered gap against tokens, a panel a target."""
-    figure, axes = plt.subplots(1, len(known), figsize=(5 * len(known), 4), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(known), figsize=(5 * len(known), 4), sharey=True, squeeze=False, layout="constrained"
+    )
+    rules = list(dict.fromkeys(rule for entry in known.values() for rule in entry["rules"]))
     for axis, (target, entry) in zip(axes[0], known.items(), strict=True):
         for rule, readings in entry["rules"].items():
             seen = sorted(map(int, readings))
-            axis.plot(
-                [0, *seen], [0, *(recovered(target, entry, readings[str(t)]) for t in seen)], "o-", label=rule
-            )
-        axis.set(title=target, xlabel="tokens of mixed traffic", xscale="symlog", ylim=(-30, 110))
+            gone = [recovered(target, entry, readings[str(tokens)]) for tokens in seen]
+            axis.plot([0, *seen], [0, *gone], "o-", color=f"C{rules.index(rule)}", label=rule)
+        axis.set(title=target, xlabel="tokens of mixed traffic", ylim=(-30, 110))
         axis.axhline(0, color="grey", linewidth=0.5)
         axis.axhline(100, color="grey", linewidth=0.5)
     axes[0][0].set_ylabel("gap recovered, %")
-    axes[0][-1].legend(fontsize="small")
-    figure.tight_layout()
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(rules), fontsize="small")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -131,11 +133,11 @@ def sessions_plot(known: dict, path: Path) -> None:
                     gains,
                     ".",
                     color=f"C{place}",
-                    label=domain if column == 0 else None,
+                    label=domain if rule == rules[-1] else None,
                 )
         axis.axhline(0, color="grey", linewidth=0.5)
         axis.set_xticks(range(len(rules)), rules, rotation=20, ha="right")
-        axis.set(title=f"context {context}", ylabel="loss saved, %", ylim=(-3, 6))
+        axis.set(title=f"context {context}", ylabel="loss saved, %", ylim=(-2, 2))
         axis.legend(fontsize="small")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
