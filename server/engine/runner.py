@@ -78,6 +78,16 @@ class EngineRunner:
             self._wake.notify()
         return done
 
+    def finish_step(self, timeout_s: float) -> bool:
+        """Wait until the step at hand is over and its lessons are taught; False when time ran out."""
+        if not self.alive:
+            return True
+        try:
+            self.between_steps(lambda: None).result(timeout_s)
+        except (TimeoutError, EngineDraining):
+            return False
+        return True
+
     def wake(self) -> None:
         """What a resting sequence waits for has come."""
         with self._wake:

@@ -21,6 +21,8 @@ from server.schemas.keys import (
 )
 from server.state import state_of
 
+STEP_TIMEOUT_S = 10.0
+
 router = APIRouter(prefix="/admin/keys", route_class=StrictJsonRoute)
 
 
@@ -78,7 +80,8 @@ def restore(request: Request, endpoint: str, body: RestoreBody) -> Response:
 @router.post("/{endpoint}/consolidate")
 def consolidate(request: Request, endpoint: str, body: ConsolidateBody | None = None) -> Response:
     """Learn everything that waits, also windows that are not full, and say what was published."""
-    _, plasticity = routing_keys_of(state_of(request).registry, endpoint)
+    served, plasticity = routing_keys_of(state_of(request).registry, endpoint)
+    served.runner.finish_step(STEP_TIMEOUT_S)  # an answer goes out before its lesson is taught
     plasticity.teacher.flush()
     published = plasticity.store.consolidate_once()
     versions = [{"scope": str(each.scope), "version": each.version} for each in published]
