@@ -86,7 +86,3 @@ def _windows_apart(pieces: Pieces) -> Pieces:
     count = LENGTH // WINDOW
     rows = [piece[i * WINDOW : (i + 1) * WINDOW + 1] for piece in pieces.tokens for i in range(count)]
     return Pieces(np.stack(rows), np.repeat(pieces.file_index, count), pieces.files)
-
-
-def tokens_of(results: list[SessionLosses]) -> int:
-    return sum(len(result.file_index) * LENGTH for result in results)

@@ -108,9 +108,27 @@ def attend_whole(query: Tensor, key: Tensor, value: Tensor, batch_size: int) -> 
 
     query (B * T, Q, D), key and value (B * T, G, D) -> (B * T, Q * D). Differentiable; for training.
     """
+    return attend_piece(query, key, value, batch_size, None)[0]
+
+
+def attend_piece(
+    query: Tensor, key: Tensor, value: Tensor, batch_size: int, past: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """`attend_whole` behind P positions whose keys and values, (B, G, P, D) each, are `past`.
+
+    Also returns both with the piece's own, (B, G, P + T, D).
+    """
     group = query.shape[1] // key.shape[1]
     q, k, v = (t.unflatten(0, (batch_size, -1)).transpose(1, 2) for t in (query, key, value))
+    start = 0
+    if past is not None:
+        start = past[0].shape[2]
+        k, v = (torch.cat(pair, dim=2) for pair in zip(past, (k, v), strict=True))
     result = F.scaled_dot_product_attention(
-        q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), is_causal=True
+        q,
+        k.repeat_interleave(group, 1),
+        v.repeat_interleave(group, 1),
+        attn_mask=causal_mask(start, q.shape[2], q.dtype, q.device),
+        is_causal=start == 0,
     )
-    return result.transpose(1, 2).flatten(0, 1).flatten(1)
+    return result.transpose(1, 2).flatten(0, 1).flatten(1), (k, v)

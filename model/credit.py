@@ -51,7 +51,7 @@ def expert_utility(block: SomeBlock, trace: LayerTrace, gradient: Tensor, expert
     tokens = len(gradient)
     aligned = block.experts.alignments(trace.normed[:tokens], gradient)
     selected, gates = trace.expert_ids[:tokens], trace.gates[:tokens]
-    of_output = (gates * aligned.gather(1, selected)).sum(1, keepdim=True)
+    of_output = _mixed(aligned, selected, gates)
     others_share = torch.ones_like(aligned).scatter_(1, selected, 1 - gates.clamp(max=MAX_OWN_GATE))
     return (-(aligned - of_output) / others_share)[:, expert_ids]
 
@@ -78,7 +78,7 @@ def expert_credit(
     if offsets is not None:
         aligned = aligned + gradient @ offsets.T
     gates = trace.gates[:tokens]
-    of_output = (gates * aligned.gather(1, selected)).sum(1, keepdim=True)  # o . G
+    of_output = _mixed(aligned, selected, gates)
     scores = trace.queries[:tokens] @ keys.T
     joined = (scores - scores.gather(1, selected).logsumexp(1, keepdim=True)).sigmoid()
     values = -(joined * (1 - joined)) * (aligned - of_output)
@@ -90,3 +90,8 @@ def expert_credit(
     scores.scatter_(1, selected, torch.inf)
     ids = scores.topk(min(candidates or shown, shown), dim=1).indices
     return Credit(ids, values.gather(1, ids))
+
+
+def _mixed(aligned: Tensor, selected: Tensor, gates: Tensor) -> Tensor:
+    """o . G (T, 1) from y . G of every expert (T, E) and the K selected with their gates."""
+    return (gates * aligned.gather(1, selected)).sum(1, keepdim=True)

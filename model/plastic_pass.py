@@ -11,10 +11,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from model.attention import causal_mask
+from model.attention import attend_piece
 from model.blocks.base import ExpertBlock, LayerTrace
 from model.blocks.some import SomeBlock
 from model.head import NextTokenLoss, loss_and_gradient, next_token_loss
@@ -141,20 +140,9 @@ class PlasticPass:
         positions = torch.arange(past.length, past.length + length, device=hidden.device)
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            group = query.shape[1] // key.shape[1]
-            q, k, v = (t.unflatten(0, (batch, -1)).transpose(1, 2) for t in (query, key, value))
-            if layer in past.by_layer:
-                k, v = (torch.cat(pair, dim=2) for pair in zip(past.by_layer[layer], (k, v), strict=True))
-            past.by_layer[layer] = (k.detach(), v.detach())
-            mask = causal_mask(past.length, length, q.dtype, q.device)
-            result = F.scaled_dot_product_attention(
-                q,
-                k.repeat_interleave(group, 1),
-                v.repeat_interleave(group, 1),
-                attn_mask=mask,
-                is_causal=mask is None and length > 1,
-            )
-            return result.transpose(1, 2).flatten(0, 1).flatten(1)
+            attended, (keys, values) = attend_piece(query, key, value, batch, past.by_layer.get(layer))
+            past.by_layer[layer] = (keys.detach(), values.detach())
+            return attended
 
         rope = model.rope_at(positions.repeat(batch))
         return model.layer(hidden.flatten(0, 1), model.layers[layer], rope, attend).view_as(hidden)

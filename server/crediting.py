@@ -208,17 +208,17 @@ def credited_rows(
     settling_ids: Int64Array | None = None,
     offsets: torch.Tensor | None = None,
 ) -> LayerRows:
-    """Credit of the leading tokens that `gradient` (T, H) is for, and the utility of settling experts."""
-    settling = NO_EXPERTS if settling_ids is None else settling_ids
+    """Credit of the leading tokens that `gradient` (T, H) is for, and the utility of settling experts, if any."""
     credit = expert_credit(block, keys, trace, gradient, candidates, visible_ids, offsets)
-    utility = expert_utility(block, trace, gradient, torch.from_numpy(settling).to(gradient.device))
-    return replace(
+    rows = replace(
         plain_rows(trace, len(gradient), reward),
         candidate_ids=credit.expert_ids.numpy(force=True),
         credit=credit.values.numpy(force=True),
-        settling_ids=settling,
-        utility=utility.numpy(force=True),
     )
+    if settling_ids is None or not len(settling_ids):
+        return rows
+    utility = expert_utility(block, trace, gradient, torch.from_numpy(settling_ids).to(gradient.device))
+    return replace(rows, settling_ids=settling_ids, utility=utility.numpy(force=True))
 
 
 class LessonOutOfTurn(Exception):

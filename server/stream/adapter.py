@@ -47,10 +47,14 @@ class Adapter:
 
         entry (B, T, H): the residual stream before the lowest block; `past` (None: no context) is extended.
         """
-        rule = self.rule
-        credit = "none" if rule.credit == "gradient" and self._bias is not None else rule.credit
         result = self._pass.run(
-            entry, targets, self._keys(), past=past, credit=credit, offsets=self._offsets, bias=self._bias
+            entry,
+            targets,
+            self._keys(),
+            past=past,
+            credit=self.rule.credit,
+            offsets=self._offsets,
+            bias=self._bias,
         )
         for layer, trace in result.traces.items():
             self.load[layer] += np.bincount(
