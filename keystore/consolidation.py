@@ -19,7 +19,8 @@ from keystore.ledger import Ledger
 from keystore.pool import ExpertPool
 from keystore.records import ScopeId
 from keystore.settling_watch import SettlingWatch
-from keystore.snapshot import KeySnapshot
+from keystore.shelf import VersionShelf
+from keystore.snapshot import LEARNED, KeySnapshot
 from keystore.statistics import RoutingStats
 
 OUTCOMES = ("published", "unchanged", "rejected", "guard_rejected", "failed")
@@ -44,7 +45,7 @@ class Consolidation:
         writing: threading.RLock,
         is_frozen: Callable[[ScopeId], bool],
         publish: Callable[[Sequence[KeySnapshot]], None],
-        return_to: Callable[[ScopeId, Callable[[], KeySnapshot], str, int], int],
+        return_to: Callable[[ScopeId, Callable[[], KeySnapshot], str, int | None], int],
     ) -> None:
         self._ledger, self._learner, self._intake, self._backend = ledger, learner, intake, backend
         self._shelf, self._guard, self._clock, self._writing = ledger.shelf, guard, clock, writing
@@ -183,7 +184,7 @@ class Consolidation:
             return published
 
     def _commit_judged(self, before: Progress, after: Progress, reading: CanaryReading) -> KeySnapshot:
-        reason = f"learned from {after.tokens - before.tokens} tokens; {reading}"
+        reason = f"{LEARNED} {after.tokens - before.tokens} tokens; {reading}"
         snapshot = replace(after.snapshot, parent=before.snapshot.version, reason=reason)
         judged = replace(after, snapshot=snapshot)
         self._ledger.commit([self._record(judged, before.snapshot)], [snapshot], note_of(reading))
@@ -209,18 +210,20 @@ class Consolidation:
         log_failed(reading, f"going back to version {passed}")
         reason = f"rollback to {passed}: {reading} at version {snapshot.version}"
         try:
-            self._return_to(scope, lambda: self._find_or_anchors(scope, passed), reason, latest)
+            self._return_to(scope, lambda: find_or_anchors(self._shelf, scope, passed), reason, latest)
         except VersionConflict:
             logger.info("somebody changed the keys meanwhile", extra={"scope": str(scope)})
             return
         self.canary_rollbacks += 1
 
-    def _find_or_anchors(self, scope: ScopeId, version: int) -> KeySnapshot:
-        try:
-            return self._shelf.find(scope, version)
-        except KeyVersionUnavailable:
-            return self._shelf.find(scope, 0)
-
     def _record(self, after: Progress, base: KeySnapshot) -> VersionRecord:
         due = self._guard is not None and self._guard.is_due(after.snapshot)  # if it passes it must last
         return replace(self._ledger.record(after.snapshot, base, lasting=due), settling=after.settling)
+
+
+def find_or_anchors(shelf: VersionShelf, scope: ScopeId, version: int) -> KeySnapshot:
+    """A version of the scope, or the anchors when it is no longer kept."""
+    try:
+        return shelf.find(scope, version)
+    except KeyVersionUnavailable:
+        return shelf.find(scope, 0)

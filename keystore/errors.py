@@ -18,7 +18,11 @@ KeyStoreError
 ├── InvalidSnapshot          a snapshot file that contradicts itself or does not fit this store
 ├── CanaryFailed             keys for the global scope, or for everybody, that harm the canary text
 ├── SnapshotExists           a snapshot would have replaced a file
-└── StoreLocked              another process has the data file open
+├── StoreLocked              another process has the data file open
+├── StoreUnavailable         Redis cannot be reached; nobody knows whether a write that was under way happened
+├── Fenced                   a worker's lease is over or somebody else's: nothing of its commit was written
+├── FellBehind               what comes after the reader's position is no longer in the delta stream
+└── StoreRegressed           the store stands before what the reader has seen, or has another history
 
 A backend's own I/O failures (disk full, a broken file system) pass through as the library raised them.
 """
@@ -101,3 +105,19 @@ class SnapshotExists(KeyStoreError):
 
 class StoreLocked(KeyStoreError):
     """Another process has the data file open."""
+
+
+class StoreUnavailable(KeyStoreError):
+    """Redis cannot be reached or takes no writes. A write that was under way may have happened: read before going on."""
+
+
+class Fenced(KeyStoreError):
+    """The lease that a commit was made under is over; another worker may go on from the last version."""
+
+
+class FellBehind(KeyStoreError):
+    """The delta stream was trimmed past the reader's position: load the heads."""
+
+
+class StoreRegressed(KeyStoreError):
+    """After a restart or a failover the store has lost what a reader has seen: load its heads, publish nothing."""

@@ -22,6 +22,7 @@ from keystore.records import Float32Array, Int64Array
 
 SPARE_CANDIDATES = 8
 PARALLEL_KEYS = 16_384  # below this one FAISS thread: torch owns the cores
+DIRECT_PAIRS = 2_048  # queries times keys up to which scoring every pair beats proposing candidates first
 BLAS_QUERIES = 8  # from this many queries on BLAS wins; FAISS compares its threshold with T * D
 FLOAT32_ROUNDING = 2.0**-24
 TRAINING_ROWS_A_LIST, TRAINING_ROUNDS = 64, 10
@@ -31,13 +32,14 @@ ROWS_AT_ONCE = 65_536  # added to inverted lists between two looks at whether to
 class KeyIndex:
     """Search over `keys` [M, D], C-contiguous float32 that nobody writes any more; nothing is copied."""
 
-    __slots__ = ("_longest_key", "keys")
+    __slots__ = ("_ids", "_longest_key", "keys")
 
     def __init__(self, keys: Float32Array) -> None:
         assert keys.dtype == np.float32, keys.dtype
         assert keys.ndim == 2, keys.shape
         assert keys.flags.c_contiguous, keys.strides
         self.keys = keys
+        self._ids = np.arange(len(keys), dtype=np.int64)
         self._longest_key = float(_norms(keys).max())
         faiss.cvar.distance_compute_blas_threshold = BLAS_QUERIES * keys.shape[1]
 
@@ -55,6 +57,8 @@ class KeyIndex:
         assert queries.shape == (len(queries), dim), (queries.shape, dim)
         assert 0 < k <= num_keys, (k, num_keys)
         queries = np.ascontiguousarray(queries, dtype=np.float32)
+        if len(queries) * num_keys <= DIRECT_PAIRS:
+            return self._search_all(queries, k)
         proposed, ids = self._propose(queries, min(k + SPARE_CANDIDATES, num_keys))
         if (ids < 0).any():
             raise NonFiniteQueries("a query or key is not finite; allowed: finite float32 values")
@@ -65,6 +69,14 @@ class KeyIndex:
         if k + SPARE_CANDIDATES < num_keys:
             self._settle_close_calls(queries, proposed[:, -1], scores, ids)
         return np.ascontiguousarray(scores), np.ascontiguousarray(ids)
+
+    def _search_all(self, queries: Float32Array, k: int) -> tuple[Float32Array, Int64Array]:
+        every = score_pairs(queries, self.keys, np.tile(self._ids, (len(queries), 1)))  # (T, M)
+        ids = np.argsort(-every, axis=1, kind="stable")[:, :k]
+        scores = np.take_along_axis(every, ids, axis=1)
+        if not np.isfinite(scores).all():
+            raise NonFiniteQueries("an inner product overflowed or is NaN; allowed: finite float32 values")
+        return scores, np.ascontiguousarray(ids)
 
     def _propose(self, queries: Float32Array, count: int) -> tuple[Float32Array, Int64Array]:
         with _one_thread() if len(self.keys) <= PARALLEL_KEYS else nullcontext():

@@ -81,6 +81,8 @@ class LayerCaretaker:
     ) -> None:
         self._layer, self._submit, self._stopped = layer, submit, stopped
         self._bases: weakref.WeakSet[Base] = weakref.WeakSet()
+        self._poor_bases: weakref.WeakSet[Base] = weakref.WeakSet()  # where the sampled recall fell
+        self._newest_base: Base | None = None  # for later versions, when the one it was made of is gone
         self._bases_lock = threading.Lock()
         self._searches, self._sampled = itertools.count(), itertools.count(1)
         self._sample: deque[tuple[Float32Array, int]] = deque(maxlen=SAMPLE_QUERIES)
@@ -95,10 +97,13 @@ class LayerCaretaker:
             self._submit_for(index, self._measure)
 
     def created(self, index: LargeKeyIndex, parent: LargeKeyIndex | None) -> None:
-        if index.worn and parent is not None and parent.overlay is not None:
+        if parent is not None and parent.overlay is not None and self._needs_lists(index):
             self._take_nearer(index, parent.overlay.base)
-        if index.worn:
+        if self._needs_lists(index):
             self._submit_for(index, self._improve)
+
+    def _needs_lists(self, index: LargeKeyIndex) -> bool:
+        return index.worn or (index.overlay is not None and index.overlay.base in self._poor_bases)
 
     def _submit_for(self, index: LargeKeyIndex, act: Callable[[LargeKeyIndex], None]) -> None:
         wanted = weakref.ref(index)  # a version that nobody holds any more needs nothing
@@ -119,16 +124,16 @@ class LayerCaretaker:
 
     def _improve(self, index: LargeKeyIndex) -> None:
         self._take_nearer(index, None if index.overlay is None else index.overlay.base)
-        if index.worn and not index.superseded:
+        if self._needs_lists(index) and not index.superseded:
             self._build(index)
 
     def _take_nearer(self, index: LargeKeyIndex, known: Base | None) -> None:
-        """The overlay of another scope's or version's lists, if fewer rows differ from those."""
+        """The overlay of another scope's or version's lists, if fewer rows differ from those or `known` is poor."""
         with self._bases_lock:
-            others = [base for base in self._bases if base is not known]
+            others = [base for base in self._bases if base is not known and base not in self._poor_bases]
         for base in others:
-            changed = changed_rows(base.lists.keys, index.keys)
-            if index.overlay is None or len(changed) < len(index.overlay.changed_ids):
+            changed, now = changed_rows(base.lists.keys, index.keys), index.overlay
+            if now is None or now.base in self._poor_bases or len(changed) < len(now.changed_ids):
                 index.overlay = Overlay(base, index.keys, changed)
 
     def _build(self, index: LargeKeyIndex) -> None:
@@ -138,18 +143,21 @@ class LayerCaretaker:
         overlay, recall = _tuned(lists, index.exact, queries, k)
         with self._bases_lock:
             self._bases.add(overlay.base)
+            self._newest_base = overlay.base
         index.overlay = overlay
         self.builds["built"] += 1
         if sampled:
             self.recall = recall
 
     def _measure(self, index: LargeKeyIndex) -> None:
-        if index.overlay is None:
+        overlay = index.overlay
+        if overlay is None:
             return
         queries, k = self._queries()
-        self.recall = _recall(index.exact, index.overlay, queries, k)
-        if self.recall < MIN_RECALL and not index.superseded:
-            self._build(index)
+        self.recall = _recall(index.exact, overlay, queries, k)
+        if self.recall < MIN_RECALL:
+            self._poor_bases.add(overlay.base)
+            self._improve(index)
 
     def _queries(self) -> tuple[Float32Array, int]:
         sample = list(self._sample)

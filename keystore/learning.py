@@ -11,7 +11,7 @@ from keystore.index_builder import IndexBuilder
 from keystore.pool import ExpertPool
 from keystore.records import Float32Array, GravityConfig, Int64Array, ScopeId
 from keystore.settling import SettlingState, advance_settling, settle
-from keystore.snapshot import KeySnapshot, build_indexes, checksum_of, read_only
+from keystore.snapshot import LEARNED, KeySnapshot, build_indexes, checksum_of, read_only
 from keystore.statistics import LayerStats, RoutingStats
 from keystore.visible_index import rows_of
 
@@ -81,7 +81,7 @@ class Learner:
             scope=stats.scope,
             version=version,
             parent=base.version,
-            reason=f"learned from {stats.tokens} tokens{forked}",
+            reason=f"{LEARNED} {stats.tokens} tokens{forked}",
             created_at=created_at,
             tokens=tokens,
             indexes=indexes,
@@ -177,7 +177,12 @@ def create_origin(
     index_builder: IndexBuilder,
     now: float,
 ) -> KeySnapshot:
-    """Version 0: a copy of the anchors. Raises InvalidConfig when one is not finite or not (M, D)."""
+    """Version 0: a copy of the anchors.
+
+    Raises InvalidConfig when one is not finite or not (M, D), or a plastic layer has none.
+    """
+    if not set(plastic_layers) <= anchors.keys():
+        raise InvalidConfig("plastic_layers", sorted(plastic_layers), f"some of {sorted(anchors)}")
     keys = {layer: np.array(rows, dtype=np.float32, order="C") for layer, rows in anchors.items()}
     for layer, rows in keys.items():
         if rows.ndim != 2 or not rows.size or not np.isfinite(rows).all():

@@ -4,16 +4,16 @@ One writer at a time (the store's lock); reading needs no lock. Knows no windows
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from keystore.backends.base import Backend, CanaryNote, PoolEvent, VersionRecord
+from keystore.backends.base import Backend, CanaryNote, PoolEvent, ScopeHead, VersionRecord
 from keystore.errors import VersionConflict
 from keystore.generations import Content, Generation, Generations
 from keystore.learning import Progress
 from keystore.pool import ExpertPool
 from keystore.records import GravityConfig, ScopeId
-from keystore.replay import rebuild, record_of
+from keystore.replay import follow, rebuild, record_of
 from keystore.settling import SettlingState
 from keystore.shelf import ScopeHistory, ShelfLimits, VersionShelf
 from keystore.snapshot import KeySnapshot
@@ -24,6 +24,21 @@ NOTHING_SETTLES: Mapping[int, SettlingState] = MappingProxyType({})
 _PAST = {"add": "added", "promote": "promoted", "retire": "retired"}
 
 
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What a backend holds, without the versions themselves; by default nothing."""
+
+    heads: Sequence[ScopeHead] = ()
+    pool_events: Sequence[PoolEvent] = ()
+    session_floor: int = 0
+    frozen: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, backend: Backend) -> "Stored":
+        """As it is now."""
+        return cls(backend.heads(), backend.pool_events(), backend.session_floor(), backend.frozen())
+
+
 class Ledger:
     """The versions of every scope, numbered, stored and at hand."""
 
@@ -32,20 +47,21 @@ class Ledger:
         origin: KeySnapshot,
         gravity: GravityConfig,
         backend: Backend,
+        stored: Stored,
         in_memory: ShelfLimits,
         clock: Callable[[], float],
     ) -> None:
         self._gravity, self._backend, self._clock = gravity, backend, clock
-        self.generations = Generations(origin, backend.pool_events(), gravity)
+        self.generations = Generations(origin, stored.pool_events, gravity)
         self.shelf = VersionShelf(
             lambda scope: self.generations.now.origin_of(scope),
             self.pool.generation,
-            backend.heads(),
-            self._load,
+            stored.heads,
+            self.load,
             in_memory,
             clock,
         )
-        self._session_floor = backend.session_floor()
+        self._session_floor = stored.session_floor
 
     @property
     def pool(self) -> ExpertPool:
@@ -167,25 +183,46 @@ class Ledger:
         self.shelf.turn(now.pool.generation, histories)
         return published
 
+    def start_over(self, stored: Stored, latest: Sequence[KeySnapshot]) -> None:
+        """Forget everything in favour of what somebody else has stored; `latest` are versions of it, read already."""
+        self._session_floor = stored.session_floor
+        self.shelf.start_over(stored.heads, latest)
+
+    def follow(self, record: VersionRecord, base: KeySnapshot | None) -> KeySnapshot:
+        """The version that somebody else has stored after `base`, verified. Raises StoreCorrupted, OutOfBounds, and
+        as `Backend.load` does where `base` is not what it was made from.
+        """
+        row, now = record.row, self.generations.now
+        known = record.is_checkpoint or (base is not None and base.version == row.parent)
+        if not known or row.generation != now.pool.generation:
+            return self.load(row.scope, row.version)
+        radius = self._gravity.for_scope(row.scope).trust_radius
+        return follow(record, base or now.anchors, now, radius)
+
+    def forget(self, sessions: Sequence[ScopeId]) -> None:
+        """Somebody else has deleted these."""
+        self._session_floor = self._backend.session_floor()
+        for scope in sessions:
+            self.shelf.forget(scope)
+
     def expire_sessions(self, unused_since: float, now: float) -> list[ScopeId]:
         """Delete, durably, sessions that nobody viewed or taught since then."""
-        return self._delete(self.shelf.idle_sessions(unused_since), now)
+        return self.delete(self.shelf.idle_sessions(unused_since), now)
 
     def discard_excess_sessions(self, now: float) -> list[ScopeId]:
         """Delete, durably, the sessions used longest ago, down to as many as memory holds."""
-        return self._delete(self.shelf.excess_sessions(), now)
+        return self.delete(self.shelf.excess_sessions(), now)
 
     def thin(self, published: Sequence[KeySnapshot], keep: int) -> None:
         """Drop old versions of the scopes that have just passed a checkpoint."""
         for scope in {each.scope for each in published if each.version % CHECKPOINT_EVERY == 0}:
             self._backend.thin(scope, keep)
 
-    def _delete(self, sessions: list[ScopeId], now: float) -> list[ScopeId]:
+    def delete(self, sessions: list[ScopeId], now: float) -> list[ScopeId]:
+        """Delete these, durably; returns them."""
         if sessions:
             self._backend.delete_scopes(sessions, now)
-            self._session_floor = self._backend.session_floor()
-            for scope in sessions:
-                self.shelf.forget(scope)
+            self.forget(sessions)
         return sessions
 
     def _concerns(self, event: PoolEvent, scope: ScopeId) -> bool:
@@ -205,7 +242,8 @@ class Ledger:
         record = record_of(snapshot, snapshot, pool, radius, is_checkpoint=True)
         return record if settling is None else replace(record, settling=settling)
 
-    def _load(self, scope: ScopeId, version: int) -> KeySnapshot:
+    def load(self, scope: ScopeId, version: int) -> KeySnapshot:
+        """A stored version, verified. Raises as `Backend.load`, OutOfBounds."""
         stored, radius = self._backend.load(scope, version), self._gravity.for_scope(scope).trust_radius
         now = self.generations.now
         return rebuild(stored, self.generations.pool_of(stored.row.generation), now, radius)

@@ -92,6 +92,13 @@ def _check_name(what: str, name: str | None) -> None:
         raise InvalidConfig(f"{what} name", shown, allowed)
 
 
+def check_positive(**limits: float) -> None:
+    """Raises InvalidConfig, naming a limit that is not above 0."""
+    for name, value in limits.items():
+        if not value > 0:
+            raise InvalidConfig(name, value, "more than 0")
+
+
 @dataclass(frozen=True, slots=True)
 class GravityConfig:
     """Constants of the consolidation law (docs/gravity).

@@ -77,7 +77,24 @@ def rebuild(stored: StoredVersion, then: ExpertPool, now: Generation, trust_radi
     name = f"{row.scope} version {row.version}"
     content = now.lift(_verified(name, stored, then, trust_radius), then, row.scope)
     origin = now.origin_of(row.scope)
-    described = replace(
+    return now.adopt(_described(origin, row), content, base=origin)
+
+
+def follow(record: VersionRecord, base: KeySnapshot, now: Generation, trust_radius: float) -> KeySnapshot:
+    """The snapshot of a version that somebody else has made from `base`, of the current pool; verified like a loaded one.
+
+    Raises StoreCorrupted (naming it) and OutOfBounds.
+    """
+    stored = StoredVersion(record.row, [record.changes], record.usage)
+    if record.is_checkpoint:
+        return rebuild(stored, now.pool, now, trust_radius)
+    name = f"{record.row.scope} version {record.row.version}"
+    content = _verified(name, stored, now.pool, trust_radius, base.keys)
+    return now.adopt(_described(base, record.row), content, base)
+
+
+def _described(origin: KeySnapshot, row: VersionRow) -> KeySnapshot:
+    return replace(
         origin,
         scope=row.scope,
         version=row.version,
@@ -86,14 +103,21 @@ def rebuild(stored: StoredVersion, then: ExpertPool, now: Generation, trust_radi
         created_at=row.created_at,
         tokens=row.tokens,
     )
-    return now.adopt(described, content, base=origin)
 
 
-def _verified(name: str, stored: StoredVersion, then: ExpertPool, trust_radius: float) -> Content:
-    keys, scope = dict(then.keys), stored.row.scope
+def _verified(
+    name: str,
+    stored: StoredVersion,
+    then: ExpertPool,
+    trust_radius: float,
+    start: Mapping[int, Float32Array] | None = None,
+) -> Content:
+    """`start`, or the anchors, after the changes."""
+    before, scope = start or then.keys, stored.row.scope
+    keys = dict(before)
     for change in stored.changes:
         for layer, rows in change.items():
-            _apply(name, keys, then, layer, rows)
+            _apply(name, keys, before, then, layer, rows)
     _check_usage(name, stored.usage, then)
     visible = then.visible(scope)
     if checksum_of(keys, stored.usage, visible) != stored.row.checksum:
@@ -109,7 +133,12 @@ def _verified(name: str, stored: StoredVersion, then: ExpertPool, trust_radius: 
 
 
 def _apply(
-    name: str, keys: dict[int, Float32Array], then: ExpertPool, layer: int, change: RowChanges
+    name: str,
+    keys: dict[int, Float32Array],
+    before: Mapping[int, Float32Array],
+    then: ExpertPool,
+    layer: int,
+    change: RowChanges,
 ) -> None:
     if layer not in then.plastic_layers:
         raise StoreCorrupted(
@@ -118,7 +147,7 @@ def _apply(
     num_experts, dim = keys[layer].shape
     if change.rows.shape[1] != dim or (len(change.expert_ids) and change.expert_ids[-1] >= num_experts):
         raise StoreCorrupted(f"{name}: rows of layer {layer} do not fit its {num_experts} keys of {dim}")
-    if keys[layer] is then.keys[layer]:
+    if keys[layer] is before[layer]:
         keys[layer] = keys[layer].copy()
     keys[layer][change.expert_ids] = change.rows
 

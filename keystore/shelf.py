@@ -96,6 +96,12 @@ class VersionShelf:
             return own.latest
         return self.latest(scope.parent) if scope.parent else self._standing_origin(scope)
 
+    def at_hand(self, scope: ScopeId) -> KeySnapshot | None:
+        """The scope's latest version if it is its own and in memory."""
+        with self._lock:
+            history = self._sessions.get(scope) or self._standing.get(scope)
+            return history.latest if history is not None and history.latest.version else None
+
     def find(self, scope: ScopeId, version: int) -> KeySnapshot:
         """Any version; one from before a session's fork is its tenant's. Raises KeyVersionUnavailable."""
         with self._lock:
@@ -137,6 +143,22 @@ class VersionShelf:
                 if history.latest.version:
                     self._move_head(history.latest)
 
+    def note_head(self, scope: ScopeId, head: ScopeHead) -> None:
+        """A version that somebody else has stored is the latest; it is read when somebody asks for it."""
+        with self._lock:
+            self._heads[scope] = head
+            self._standing.pop(scope, None)
+            self._sessions.pop(scope, None)
+
+    def start_over(self, heads: Sequence[ScopeHead], latest: Sequence[KeySnapshot]) -> None:
+        """Forget everything in favour of what is stored now, and of `latest`, versions of it that were read already."""
+        with self._lock:
+            self._heads = {head.scope: head for head in heads}
+            self._used_at = {scope: at for scope, at in self._used_at.items() if scope in self._heads}
+            self._standing, self._sessions = {}, OrderedDict()
+            for snapshot in latest:
+                self._admit(snapshot.scope, ScopeHistory(snapshot))
+
     def carry(
         self,
         scope: ScopeId,
@@ -165,6 +187,11 @@ class VersionShelf:
         """Stored sessions nobody viewed or taught since that time."""
         with self._lock:
             return [scope for scope, used_at in self._used_at.items() if used_at < unused_since]
+
+    def used_since(self, at: float) -> dict[ScopeId, float]:
+        """Stored sessions that were viewed or taught since then, and when they last were."""
+        with self._lock:
+            return {scope: used_at for scope, used_at in self._used_at.items() if used_at >= at}
 
     def excess_sessions(self) -> list[ScopeId]:
         """Stored sessions beyond what memory holds: used longest ago, of the tenants that hold the most."""

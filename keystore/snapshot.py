@@ -14,6 +14,8 @@ from keystore.index import score_pairs
 from keystore.records import Float32Array, Int64Array, ScopeId
 from keystore.visible_index import SearchIndex, derive_index, is_prefix, rows_of, visible_ids_of
 
+LEARNED = "learned from"  # how the reason of a version begins that learning made
+
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class KeySnapshot:
@@ -35,6 +37,11 @@ class KeySnapshot:
     usage: Mapping[int, Float32Array]  # plastic layers, (M,)
     checksum: str  # sha256, see checksum_of
     generation: int = 0  # of the expert pool that says which rows there are and who sees them
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether it came about by learning from its parent, not in place of it."""
+        return self.reason.startswith(LEARNED)
 
     @property
     def keys(self) -> Mapping[int, Float32Array]:

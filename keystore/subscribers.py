@@ -48,3 +48,19 @@ class Subscribers(Generic[T]):
                         "subscriber failed",
                         extra={"scope": str(item if isinstance(item, ScopeId) else item.scope)},
                     )
+
+
+class StoreNews:
+    """What a store has to tell, by kind; in order, on the thread that makes the change."""
+
+    def __init__(self) -> None:
+        self.published = Subscribers[KeySnapshot]()  # every new version, once readers have it
+        self.deleted = Subscribers[ScopeId]()  # every session that expired or was discarded
+        # Every scope whose keys were replaced, not learned: by rollback, reset, restore or the guard. What was being
+        # gathered to teach it was about the keys that it had.
+        self.replaced = Subscribers[ScopeId]()
+
+    @property
+    def failures(self) -> int:
+        """Callbacks that raised."""
+        return self.published.failures + self.deleted.failures + self.replaced.failures

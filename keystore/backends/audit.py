@@ -19,16 +19,18 @@ def chain_hash(previous: str, event: str) -> str:
     return hashlib.sha256(bytes.fromhex(previous) + event.encode("ascii")).hexdigest()
 
 
-def verify_chain(rows: Iterable[tuple[int, str, str]]) -> int:
-    """Walk (id, event, hash) rows in order and return how many there are.
+def verify_chain(rows: Iterable[tuple[int, str, str]], *, from_start: bool = True) -> int:
+    """Walk (id, event, hash) rows in order and return the last id.
 
-    Raises StoreCorrupted at the first break.
+    A chain whose oldest rows are gone on purpose is walked from its first row, which is taken on trust. Raises
+    StoreCorrupted at the first break.
     """
     previous, length = GENESIS, 0
     for audit_id, event, recorded in rows:
-        if audit_id != length + 1 or chain_hash(previous, event) != recorded:
+        follows = audit_id == length + 1 and chain_hash(previous, event) == recorded
+        if not follows and (from_start or length):
             raise StoreCorrupted(
                 f"audit chain breaks at row {audit_id}: its hash does not follow from row {length}"
             )
-        previous, length = recorded, length + 1
+        previous, length = recorded, audit_id
     return length

@@ -117,7 +117,11 @@ class Backend(Protocol):
         canary: CanaryNote | None = None,
         pool_event: PoolEvent | None = None,
     ) -> None:
-        """Keep all or none; durable when it returns. Raises VersionConflict when a number is taken."""
+        """Keep all or none; durable when it returns.
+
+        Raises VersionConflict when a number is taken, and where others write too, when a version does not follow from
+        the scope's latest one.
+        """
         ...
 
     def pool_events(self) -> Sequence[PoolEvent]:

@@ -35,7 +35,7 @@ def pack_changes(changes: Mapping[int, RowChanges]) -> bytes:
 
 def unpack_changes(blob: bytes) -> Mapping[int, RowChanges]:
     """Inverse of pack_changes. Raises ValueError on a wrong magic, size or order of ids."""
-    reader = _Reader(blob, _KEYS_MAGIC)
+    reader = Reader(blob, _KEYS_MAGIC)
     changes: dict[int, RowChanges] = {}
     for _ in range(reader.unpack(_COUNT)[0]):
         layer, rows, dim = reader.unpack(_KEYS_HEADER)
@@ -59,7 +59,7 @@ def pack_usage(usage: Mapping[int, Float32Array]) -> bytes:
 
 def unpack_usage(blob: bytes) -> Mapping[int, Float32Array]:
     """Inverse of pack_usage. Raises ValueError on a wrong magic or size."""
-    reader = _Reader(blob, _USAGE_MAGIC)
+    reader = Reader(blob, _USAGE_MAGIC)
     usage: dict[int, Float32Array] = {}
     for _ in range(reader.unpack(_COUNT)[0]):
         layer, experts = reader.unpack(_USAGE_HEADER)
@@ -84,7 +84,7 @@ def pack_settling(settling: Mapping[int, SettlingState]) -> bytes:
 
 def unpack_settling(blob: bytes) -> Mapping[int, SettlingState]:
     """Inverse of pack_settling. Raises ValueError on a wrong magic, checksum, size or order of ids."""
-    reader = _Reader(blob, _SETTLING_MAGIC)
+    reader = Reader(blob, _SETTLING_MAGIC)
     if reader.take(hashlib.sha256().digest_size) != hashlib.sha256(blob[reader.at :]).digest():
         raise ValueError("the settling state does not match its checksum")
     states: dict[int, SettlingState] = {}
@@ -113,7 +113,7 @@ def event_checksum(event: PoolEvent) -> str:
     return hashlib.sha256(canonical_json(words).encode("ascii") + pack_changes(event.rows)).hexdigest()
 
 
-class _Reader:
+class Reader:
     """A cursor over bytes that never reads past their end."""
 
     def __init__(self, blob: bytes, magic: bytes) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import apsw
 
 from keystore.backends.audit import verify_chain
+from keystore.backends.audit_events import delete_event, freeze_event
 from keystore.backends.base import (
     EVERY_SCOPE,
     CanaryNote,
@@ -216,7 +217,7 @@ class EmbeddedBackend:
                 writer.execute("DELETE FROM versions WHERE scope = ?", (str(scope),))
                 writer.execute("DELETE FROM scopes WHERE scope = ?", (str(scope),))
                 writer.execute("DELETE FROM settling WHERE scope = ?", (str(scope),))
-                append_audit(writer, {"event": "delete", "scope": str(scope), "at": at, "last_version": last})
+                append_audit(writer, delete_event(scope, int(last), at))
 
     def frozen(self) -> frozenset[str]:
         """Names of frozen scopes."""
@@ -227,7 +228,7 @@ class EmbeddedBackend:
         change = "INSERT OR IGNORE INTO frozen VALUES (?)" if frozen else "DELETE FROM frozen WHERE name = ?"
         with self._transaction() as writer:
             writer.execute(change, (name,))
-            append_audit(writer, {"event": "freeze" if frozen else "unfreeze", "scope": name, "at": at})
+            append_audit(writer, freeze_event(name, at, frozen=frozen))
 
     def audit_trail(self, scope: ScopeId | None, limit: int) -> Sequence[Mapping[str, object]]:
         """The newest events, of everybody or those that name a scope or all scopes, newest first."""

@@ -6,6 +6,7 @@ from typing import Any
 import apsw
 
 from keystore.backends.audit import GENESIS, canonical_json, chain_hash
+from keystore.backends.audit_events import commit_event, experts_event
 from keystore.backends.base import CanaryNote, PoolEvent, VersionRecord, VersionRow
 from keystore.backends.blobs import event_checksum, pack_changes, pack_settling, unpack_changes
 from keystore.errors import KeyStoreError, StoreCorrupted, VersionConflict
@@ -40,14 +41,7 @@ def insert_version(writer: apsw.Connection, record: VersionRecord, changes: byte
         )
     except apsw.ConstraintError as error:
         raise VersionConflict(f"version {row.version} of {scope} is already stored") from error
-    event = {
-        "event": "commit",
-        "scope": scope,
-        "version": row.version,
-        "parent": row.parent,
-        "at": row.created_at,
-    }
-    append_audit(writer, event | {"tokens": row.tokens, "checksum": row.checksum, "reason": row.reason})
+    append_audit(writer, commit_event(row))
 
 
 def keep_note(writer: apsw.Connection, note: CanaryNote) -> None:
@@ -75,9 +69,7 @@ def insert_event(writer: apsw.Connection, event: PoolEvent) -> None:
         raise VersionConflict(
             f"generation {event.generation} of the expert pool is already stored"
         ) from error
-    shown = {"event": f"{event.kind} experts", "name": event.name, "scope": str(event.scope)}
-    where = {"generation": event.generation, "at": event.at}
-    append_audit(writer, shown | where | {"digest": event.digest, "checksum": checksum})
+    append_audit(writer, experts_event(event))
 
 
 def keep_settling(writer: apsw.Connection, scope: ScopeId, settling: Mapping[int, SettlingState]) -> None:

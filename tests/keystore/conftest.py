@@ -8,7 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from keystore.backends.base import Backend
 from keystore.backends.embedded import EmbeddedBackend
+from keystore.backends.redis import RedisBackend
+from keystore.backends.redis_client import RedisClient
+from keystore.backends.redis_model import ModelCard
 from keystore.records import GravityConfig, ScopeId
 from keystore.statistics import RoutingStats, TokenCredit, TokenTrace
 from keystore.store import KeyStore
@@ -46,7 +50,7 @@ def make_window(
     return RoutingStats.from_tokens(scope, traces)
 
 
-def open_store(path: Path, gravity: GravityConfig | None = None, **options: object) -> KeyStore:
+def make_store(backend: Backend, gravity: GravityConfig | None = None, **options: object) -> KeyStore:
     settings: dict[str, object] = {
         "model_id": "tiny",
         "anchors": make_anchors(),
@@ -54,12 +58,15 @@ def open_store(path: Path, gravity: GravityConfig | None = None, **options: obje
         "num_experts_per_tok": NUM_EXPERTS_PER_TOK,
         "plastic_layers": PLASTIC_LAYERS,
     }
-    backend = EmbeddedBackend(path)
     try:
         return KeyStore(backend=backend, **(settings | options))
     except BaseException:
         backend.close()
         raise
+
+
+def open_store(path: Path, gravity: GravityConfig | None = None, **options: object) -> KeyStore:
+    return make_store(EmbeddedBackend(path), gravity, **options)
 
 
 def learn(store: KeyStore, seed: int = 0, scope: ScopeId = TENANT) -> None:
@@ -78,6 +85,42 @@ def window() -> Callable[..., RoutingStats]:
 def teach() -> Callable[..., None]:
     """learn(store, seed, scope)"""
     return learn
+
+
+@pytest.fixture
+def store_on() -> Callable[..., KeyStore]:
+    """make_store(backend, gravity, **options): the caller closes it"""
+    return make_store
+
+
+@pytest.fixture
+def card() -> ModelCard:
+    """The tiny model as workers hear of it."""
+    return ModelCard("some", "tiny", NUM_EXPERTS_PER_TOK, PLASTIC_LAYERS, make_anchors())
+
+
+@pytest.fixture
+def redis_client(redis_server) -> Iterator[RedisClient]:
+    client = redis_server.client()
+    yield client
+    client.close()
+
+
+@pytest.fixture(params=["embedded", "redis"])
+def backend_kind(request: pytest.FixtureRequest) -> str:
+    """Every backend in turn."""
+    return request.param
+
+
+@pytest.fixture
+def open_backend(
+    backend_kind: str, request: pytest.FixtureRequest, path: Path, card: ModelCard
+) -> Callable[[], Backend]:
+    """Opens the test's store: on its file, or on a Redis of its own."""
+    if backend_kind == "embedded":
+        return lambda: EmbeddedBackend(path)
+    client = request.getfixturevalue("redis_client")
+    return lambda: RedisBackend(client, card.names, card=card)
 
 
 @pytest.fixture

@@ -231,7 +231,7 @@ def test_a_tenant_that_fails_goes_back_to_the_newest_version_that_passed(open_gu
     good = guarded.view(TENANT, 2).checksum
     guarded = open_guarded()  # what passed is remembered over a restart
     replaced: list[ScopeId] = []
-    guarded.subscribe_replaced(replaced.append)
+    guarded.news.replaced.add(replaced.append)
     probe.loss_nats = 2.2
     submit(guarded, window, TENANT, 3)
     assert guarded.counters().rollbacks == {"admin": 0, "canary": 0}
@@ -282,7 +282,7 @@ def test_a_probe_keeps_nobody_from_reading_freezing_and_subscribing(guarded, win
     done: list[int] = []
 
     def act() -> None:
-        guarded.subscribe(lambda snapshot: None)()
+        guarded.news.published.add(lambda snapshot: None)()
         guarded.freeze(GLOBAL)
         done.append(guarded.view(GLOBAL).version)
 
@@ -341,7 +341,7 @@ def new_keys() -> dict[int, np.ndarray]:
 @pytest.fixture
 def settling(guarded, window):
     """The guarded store with a group in the tenant, which has learned once since."""
-    guarded.add_experts("extra", TENANT, new_keys(), "cafe")
+    guarded.experts.add("extra", TENANT, new_keys(), "cafe")
     assert guarded.submit(window(TENANT, 1, num_experts=BORN + ADDED))
     assert len(guarded.consolidate_once()) == 1
     return guarded
@@ -351,7 +351,7 @@ def settling(guarded, window):
 def test_a_scope_with_settling_experts_is_judged_against_the_anchors_without_them(
     guarded, window, probe, scope, tmp_path
 ):
-    guarded.add_experts("extra", scope, new_keys(), "cafe")
+    guarded.experts.add("extra", scope, new_keys(), "cafe")
     assert guarded.submit(window(scope, 1, num_experts=BORN + ADDED))
     (published,) = guarded.consolidate_once()
     assert published.visible_ids(3) is None
@@ -370,14 +370,14 @@ def test_experts_that_harm_are_not_promoted(settling, probe, caplog):
         caplog.at_level(logging.WARNING),
         pytest.raises(CanaryFailed, match=r"experts extra: canary loss \+10\.00 %.*allowed: loss \+0\.50 %"),
     ):
-        settling.promote_experts("extra")
+        settling.experts.promote("extra")
     assert "experts extra are not promoted" in caplog.text
-    assert settling.expert_groups()[0].state == "settling"
+    assert settling.experts.all()[0].state == "settling"
     assert settling.view(GLOBAL) is everybody
     assert settling.canary_readings() == readings, "they are no scope's keys"
     assert settling.verify_audit() == audited + 1, "the verdict"
     probe.promoted_loss_nats = 2.0
-    assert settling.promote_experts("extra").state == "promoted"
+    assert settling.experts.promote("extra").state == "promoted"
     assert settling.view(GLOBAL).visible_ids(3) is None
 
 
@@ -394,7 +394,7 @@ def test_what_is_promoted_is_what_was_judged_while_learning_goes_on(settling, wi
         thread.join(30)
 
     probe.meanwhile = in_another_thread
-    settling.promote_experts("extra")
+    settling.experts.promote("extra")
     assert len(moved) == 1
     assert not np.array_equal(moved[0].keys_of(3)[BORN:], judged)
     for scope in (GLOBAL, TENANT):
@@ -402,17 +402,17 @@ def test_what_is_promoted_is_what_was_judged_while_learning_goes_on(settling, wi
 
 
 def test_a_promotion_is_refused_when_the_pool_changes_while_it_is_judged(settling, probe):
-    probe.meanwhile = lambda: settling.retire_experts("extra")
+    probe.meanwhile = lambda: settling.experts.retire("extra")
     with pytest.raises(VersionConflict, match="promotion of extra"):
-        settling.promote_experts("extra")
-    assert settling.expert_groups()[0].state == "retired"
+        settling.experts.promote("extra")
+    assert settling.experts.all()[0].state == "retired"
 
 
 def test_keys_read_before_the_pool_changed_are_not_restored(guarded, open_guarded, window, probe, tmp_path):
     submit(guarded, window, GLOBAL, 1)
     guarded.snapshot(GLOBAL, None, tmp_path / "keys.safetensors")
     latest = guarded.reset(GLOBAL)
-    probe.meanwhile = lambda: guarded.add_experts("extra", TENANT, new_keys(), "cafe")
+    probe.meanwhile = lambda: guarded.experts.add("extra", TENANT, new_keys(), "cafe")
     with pytest.raises(VersionConflict, match="the expert pool went on to generation 1"):
         guarded.restore(GLOBAL, tmp_path / "keys.safetensors")
     assert guarded.view(GLOBAL).version == latest

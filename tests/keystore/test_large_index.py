@@ -184,6 +184,17 @@ def test_a_version_made_during_a_build_takes_over_its_lists_when_it_is_done(
     np.testing.assert_array_equal(second.overlay.changed_ids, np.arange(400, 410))
 
 
+def test_lists_of_a_version_that_nobody_holds_any_more_serve_the_next(index, held_builds, builder) -> None:
+    first = index.derive(moved(index.keys, np.arange(400), 1))
+    wait_until(lambda: not builder._thread._work_queue.qsize())
+    second = first.derive(moved(first.keys, np.arange(400, 410), 2))
+    del first
+    held_builds.set()
+    settled(builder)
+    assert builder.builds()[7, "built"] == 2
+    np.testing.assert_array_equal(second.overlay.changed_ids, np.arange(400, 410))
+
+
 def test_a_scope_that_starts_from_the_anchors_shares_their_lists(index, builder) -> None:
     others = [index.derive(moved(index.keys, np.arange(n), n)) for n in (5, 9)]
     settled(builder)
@@ -212,6 +223,25 @@ def test_the_anchors_get_better_lists_too_while_others_have_moved_on(index, buil
         index.search(query[None], K)
     settled(builder)
     assert before < 0.98 < recall(index, random)
+
+
+def test_a_version_gets_better_lists_where_the_recall_fell_before_it_was_made(
+    index, builder, monkeypatch
+) -> None:
+    monkeypatch.setattr(index_builder, "SAMPLE_EVERY", 1)
+    release = threading.Event()
+    builder._thread.submit(release.wait)
+    first = index.derive(moved(index.keys, np.arange(3), 1))
+    random = np.random.default_rng(5).standard_normal((64, D), dtype=np.float32)
+    for query in random:
+        first.search(query[None], K)
+    second = first.derive(moved(first.keys, np.arange(3, 6), 2))
+    release.set()
+    settled(builder)
+    assert recall(second, random) < 0.98
+    third = second.derive(moved(second.keys, np.arange(6, 9), 3))
+    settled(builder)
+    assert recall(third, random) > 0.98
 
 
 def test_a_query_that_is_refused_is_not_sampled(index, builder, monkeypatch) -> None:
@@ -325,16 +355,16 @@ def test_experts_come_and_go_in_a_layer_that_has_lists(open_here, added, promote
     builder, other = store._index_builder, ScopeId("tenant", "other")
     settled(builder)
     new = 3 * clustered(added, seed=5)  # long, so that a search finds them where it can
-    store.add_experts("extra", TENANT, {3: new}, "cafe")
+    store.experts.add("extra", TENANT, {3: new}, "cafe")
     settled(builder)
     found = store.view(TENANT).search(3, new, K)[1]
     assert all(born + row in ids for row, ids in enumerate(found.tolist()))
     assert store.view(other).search(3, new, K)[1].max() < born
     if promoted:
-        store.promote_experts("extra")
+        store.experts.promote("extra")
         settled(builder)
         assert all(born + row in ids for row, ids in enumerate(store.view(other).search(3, new, K)[1]))
-    store.retire_experts("extra")
+    store.experts.retire("extra")
     queries = np.concatenate([new, near(clustered(born), 64)])
     for _ in range(2):  # before and after lists are built for the rows that are left
         for scope in (TENANT, other, ScopeId("tenant", "unknown")):

@@ -75,7 +75,7 @@ def test_settling_experts_are_seen_by_one_tenant_and_its_sessions_only(store, te
     teach(store, 2, SESSION)
     teach(store, 3, STRANGER)
     keys = new_keys()
-    group = store.add_experts("extra", TENANT, keys, "cafe")
+    group = store.experts.add("extra", TENANT, keys, "cafe")
     assert (group.name, group.scope, group.state, group.digest) == ("extra", TENANT, "settling", "cafe")
     assert {layer: ids.tolist() for layer, ids in group.expert_ids.items()} == {3: NEW_IDS, 5: NEW_IDS}
     for scope in (TENANT, SESSION, ScopeId("session", "default", "new")):
@@ -94,7 +94,7 @@ def test_settling_experts_are_seen_by_one_tenant_and_its_sessions_only(store, te
 
 def test_scores_of_a_hidden_or_unknown_expert_are_refused(store) -> None:
     before = store.view(OTHER)
-    store.add_experts("extra", TENANT, new_keys(), "cafe")
+    store.experts.add("extra", TENANT, new_keys(), "cafe")
     queries = np.ones((1, 8), np.float32)
     for view, wrong in ((store.view(OTHER), 16), (before, 16), (store.view(TENANT), 18), (before, -1)):
         with pytest.raises(ExpertNotVisible, match=f"expert {wrong} of layer 3"):
@@ -111,7 +111,7 @@ def test_nobody_else_can_tell_that_experts_were_added(
             teach(store, 1, scope)
         seen = []
         if with_experts:
-            store.add_experts("extra", TENANT, new_keys(), "cafe")
+            store.experts.add("extra", TENANT, new_keys(), "cafe")
             store.submit(window(TENANT, 5, num_experts=BORN + ADDED))
         for seed, scope in ((2, OTHER), (3, STRANGER), (4, ScopeId("tenant", "new"))):
             store.submit(widened(window(scope, seed), BORN + ADDED) if with_experts else window(scope, seed))
@@ -128,17 +128,17 @@ def test_nobody_else_can_tell_that_experts_were_added(
 
 def test_promoted_experts_are_everybodys_and_retired_ones_nobodys(store, teach, settle) -> None:
     teach(store, 1, OTHER)
-    store.add_experts("extra", TENANT, new_keys(), "cafe")
+    store.experts.add("extra", TENANT, new_keys(), "cafe")
     settle(store, 2)
     settled = store.view(TENANT).keys_of(3)[NEW_IDS]
-    assert store.promote_experts("extra").state == "promoted"
+    assert store.experts.promote("extra").state == "promoted"
     for scope in (TENANT, OTHER, STRANGER, ScopeId("anchor")):
         for version in (None, 0):
             view = store.view(scope, version)
             assert view.visible_ids(3) is None
             np.testing.assert_array_equal(view.keys_of(3)[NEW_IDS], settled)
     held = store.view(OTHER)
-    assert store.retire_experts("extra").state == "retired"
+    assert store.experts.retire("extra").state == "retired"
     for scope in (TENANT, SESSION, OTHER, ScopeId("anchor")):
         view = store.view(scope)
         assert view.visible_ids(3).tolist() == list(range(BORN))
@@ -148,9 +148,9 @@ def test_promoted_experts_are_everybodys_and_retired_ones_nobodys(store, teach, 
 
 
 def test_ids_never_come_back(store) -> None:
-    store.add_experts("first", TENANT, new_keys(), "cafe")
-    store.retire_experts("first")
-    second = store.add_experts("second", OTHER, new_keys(8, (3,), 1), "beef")
+    store.experts.add("first", TENANT, new_keys(), "cafe")
+    store.experts.retire("first")
+    second = store.experts.add("second", OTHER, new_keys(8, (3,), 1), "beef")
     assert second.expert_ids[3].tolist() == [18]
     view = store.view(OTHER)
     assert view.visible_ids(3).tolist() == [*range(BORN), 18]
@@ -158,22 +158,22 @@ def test_ids_never_come_back(store) -> None:
     assert 18 in ids[0]
     assert not set(NEW_IDS) & set(ids.ravel().tolist())
     np.testing.assert_array_equal(view.score(3, view.keys_of(3)[[18, 2]], ids), scores)
-    assert [group.state for group in store.expert_groups()] == ["retired", "settling"]
+    assert [group.state for group in store.experts.all()] == ["retired", "settling"]
 
 
 def test_versions_say_what_happened_and_only_to_whom_it_happened(store, teach, settle) -> None:
     teach(store, 1, OTHER)
     teach(store, 1, SESSION)
     heard = []
-    store.subscribe(lambda new: heard.append((new.scope, new.version, new.parent, new.reason)))
-    store.add_experts("extra", TENANT, new_keys(), "cafe")
+    store.news.published.add(lambda new: heard.append((new.scope, new.version, new.parent, new.reason)))
+    store.experts.add("extra", TENANT, new_keys(), "cafe")
     assert heard == [(TENANT, 1, 0, "experts added: extra"), (SESSION, 2, 1, "experts added: extra")]
     heard.clear()
-    store.promote_experts("extra")
+    store.experts.promote("extra")
     assert {(scope, version) for scope, version, _, _ in heard} == {(TENANT, 2), (SESSION, 3), (OTHER, 2)}
     assert {reason for *_, reason in heard} == {"experts promoted: extra"}
     heard.clear()
-    store.retire_experts("extra")
+    store.experts.retire("extra")
     assert {(scope, version) for scope, version, _, _ in heard} == {(TENANT, 3), (SESSION, 4), (OTHER, 3)}
     assert store.versions(OTHER)[0].reason == "experts retired: extra"
 
@@ -184,7 +184,7 @@ def test_versions_say_what_happened_and_only_to_whom_it_happened(store, teach, s
 def test_while_experts_settle_only_they_move_and_they_are_free(open_here, window) -> None:
     store = open_here(GravityConfig(plasticity_rate=1.0))
     keys = new_keys(layers=(3,))
-    store.add_experts("extra", TENANT, keys, "cafe")
+    store.experts.add("extra", TENANT, keys, "cafe")
     start = store.view(TENANT)
     for seed in range(10):
         of_layer_3 = window(TENANT, seed, num_experts=BORN + ADDED).layers[3]
@@ -201,7 +201,7 @@ def test_while_experts_settle_only_they_move_and_they_are_free(open_here, window
 
 def test_in_a_session_everything_moves_but_the_experts_that_settle_in_its_tenant(open_here, window) -> None:
     store = open_here(GravityConfig(plasticity_rate=1.0))
-    store.add_experts("extra", TENANT, new_keys(layers=(3,)), "cafe")
+    store.experts.add("extra", TENANT, new_keys(layers=(3,)), "cafe")
     start = store.view(TENANT)
     layers = {3: window(SESSION, 0, num_experts=BORN + ADDED).layers[3], 5: window(SESSION, 0).layers[5]}
     assert store.submit(RoutingStats(SESSION, 32, layers))
@@ -235,12 +235,12 @@ def alike(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 def test_settling_experts_find_their_address_and_keep_what_they_know_over_a_restart(open_here) -> None:
     law = GravityConfig(settling_warmup_tokens=100, settling_ridge=1e-6)
     store = open_here(law)
-    store.add_experts("extra", TENANT, new_keys(), "cafe")
-    assert {layer: ids.tolist() for layer, ids in store.settling_ids(TENANT).items()} == dict.fromkeys(
-        (3, 5), NEW_IDS
-    )
-    assert not store.settling_ids(SESSION)
-    assert not store.settling_ids(OTHER)
+    store.experts.add("extra", TENANT, new_keys(), "cafe")
+    assert {
+        layer: ids.tolist() for layer, ids in store.experts.settling_ids(TENANT).items()
+    } == dict.fromkeys((3, 5), NEW_IDS)
+    assert not store.experts.settling_ids(SESSION)
+    assert not store.experts.settling_ids(OTHER)
     start = store.view(TENANT)
     first, truth = utilities(TENANT, 0)
     store.submit(first)
@@ -265,7 +265,7 @@ def test_settling_experts_find_their_address_and_keep_what_they_know_over_a_rest
 
 def test_watching_while_a_window_is_learned_forgets_nothing(open_here, monkeypatch) -> None:
     law = GravityConfig(settling_warmup_tokens=100)
-    open_here(law).add_experts("extra", TENANT, new_keys(), "cafe")
+    open_here(law).experts.add("extra", TENANT, new_keys(), "cafe")
     store = open_here(law)
     read, reads = store._backend.settling, []
 
@@ -278,7 +278,7 @@ def test_watching_while_a_window_is_learned_forgets_nothing(open_here, monkeypat
         return stored
 
     monkeypatch.setattr(store._backend, "settling", read_slowly)
-    store.settling("extra")
+    store.experts.settling("extra")
     assert len(reads) == 2
     store.submit(utilities(TENANT, 1)[0])
     assert len(store.consolidate_once()) == 1, "128 are enough"
@@ -286,7 +286,7 @@ def test_watching_while_a_window_is_learned_forgets_nothing(open_here, monkeypat
 
 def test_after_a_reset_settling_experts_begin_anew(open_here) -> None:
     store = open_here(GravityConfig(settling_warmup_tokens=100))
-    store.add_experts("extra", TENANT, new_keys(), "cafe")
+    store.experts.add("extra", TENANT, new_keys(), "cafe")
     for seed in range(2):
         store.submit(utilities(TENANT, seed)[0])
     assert store.consolidate_once()
@@ -299,9 +299,9 @@ def test_after_a_reset_settling_experts_begin_anew(open_here) -> None:
 
 def test_a_promoted_expert_stays_near_its_anchor_and_the_others_move_again(open_here, settle) -> None:
     store = open_here(GravityConfig(plasticity_rate=1.0, trust_radius=0.1))
-    store.add_experts("extra", TENANT, new_keys(), "cafe")
+    store.experts.add("extra", TENANT, new_keys(), "cafe")
     settle(store, 0)
-    store.promote_experts("extra")
+    store.experts.promote("extra")
     anchors = store.view(TENANT, 0)
     for seed in range(10):
         settle(store, seed)
@@ -315,15 +315,15 @@ def test_a_promoted_expert_stays_near_its_anchor_and_the_others_move_again(open_
 
 def test_windows_from_before_an_expert_came_and_after_it_went_teach_the_others(store, window) -> None:
     early = window(OTHER, 1)
-    store.add_experts("extra", TENANT, new_keys(), "cafe")
-    store.promote_experts("extra")
+    store.experts.add("extra", TENANT, new_keys(), "cafe")
+    store.experts.promote("extra")
     late = window(OTHER, 2, num_experts=BORN + ADDED)
     assert store.submit(early)
     (learned,) = store.consolidate_once()
     assert not np.array_equal(learned.keys_of(3)[:BORN], store.view(OTHER, 0).keys_of(3)[:BORN])
     np.testing.assert_array_equal(learned.keys_of(3)[NEW_IDS], store.view(OTHER, 0).keys_of(3)[NEW_IDS])
     store.submit(late)
-    store.retire_experts("extra")
+    store.experts.retire("extra")
     (learned,) = store.consolidate_once()
     anchors = store.view(OTHER, 0)
     np.testing.assert_array_equal(learned.keys_of(3)[NEW_IDS], anchors.keys_of(3)[NEW_IDS])
@@ -333,11 +333,11 @@ def test_windows_from_before_an_expert_came_and_after_it_went_teach_the_others(s
 
 
 def test_a_window_of_as_many_experts_as_are_seen_now_is_still_of_those_it_was_of(store, window) -> None:
-    store.add_experts("old", TENANT, new_keys(), "cafe")
+    store.experts.add("old", TENANT, new_keys(), "cafe")
     early = window(TENANT, 1, num_experts=BORN + ADDED)
-    store.retire_experts("old")
-    store.add_experts("new", TENANT, new_keys(8), "beef")
-    store.promote_experts("new")
+    store.experts.retire("old")
+    store.experts.add("new", TENANT, new_keys(8), "beef")
+    store.experts.promote("new")
     home = store.view(TENANT)
     assert len(home.visible_ids(3)) == BORN + ADDED
     assert store.submit(early)
@@ -352,7 +352,7 @@ def test_new_experts_start_with_the_usage_of_an_anchor(open_here, teach, inertia
     store = open_here(GravityConfig(inertia=inertia))
     teach(store)
     before = store.view(TENANT).usage[3]
-    store.add_experts("extra", TENANT, new_keys(), "cafe")
+    store.experts.add("extra", TENANT, new_keys(), "cafe")
     usage = store.view(TENANT).usage[3]
     np.testing.assert_array_equal(usage, [*before, expected, expected])
 
@@ -367,7 +367,7 @@ def test_what_was_learned_without_moving_a_key_is_kept(store, window) -> None:
     for scope in (TENANT, OTHER):
         store.submit(silent(window(scope, 1)))
     assert store.consolidate_once() == []
-    store.add_experts("extra", TENANT, new_keys(), "cafe")
+    store.experts.add("extra", TENANT, new_keys(), "cafe")
     assert store.view(TENANT).tokens == 32
     store.submit(window(OTHER, 2))
     (learned,) = store.consolidate_once()
@@ -376,15 +376,15 @@ def test_what_was_learned_without_moving_a_key_is_kept(store, window) -> None:
 
 def test_settling_can_be_watched(store, settle, window) -> None:
     keys = new_keys()
-    store.add_experts("extra", TENANT, keys, "cafe")
-    assert store.settling("extra")[3].credited_tokens.tolist() == [0, 0]
+    store.experts.add("extra", TENANT, keys, "cafe")
+    assert store.experts.settling("extra")[3].credited_tokens.tolist() == [0, 0]
     settle(store, 1)
     before = store.view(TENANT)
     stats = window(TENANT, 2, num_experts=BORN + ADDED)
     store.submit(stats)
     store.consolidate_once()
     after = store.view(TENANT)
-    reading = store.settling("extra")[3]
+    reading = store.experts.settling("extra")[3]
     assert reading.expert_ids.tolist() == NEW_IDS
     np.testing.assert_array_equal(reading.credited_tokens, stats.layers[3].credited[NEW_IDS])
     lengths = np.linalg.norm(keys[3], axis=1)
@@ -394,9 +394,9 @@ def test_settling_can_be_watched(store, settle, window) -> None:
     np.testing.assert_allclose(reading.window_drift, step, rtol=1e-4)
     assert (reading.drift != reading.window_drift).all()
     np.testing.assert_allclose(reading.usage_share, after.usage[3][NEW_IDS] / after.usage[3].sum(), rtol=1e-6)
-    store.promote_experts("extra")
+    store.experts.promote("extra")
     with pytest.raises(WrongGroupState, match="'extra' is promoted"):
-        store.settling("extra")
+        store.experts.settling("extra")
 
 
 # ---- what is refused
@@ -416,35 +416,35 @@ WRONG = {
 def test_experts_that_do_not_fit_change_nothing(store, case) -> None:
     keys, message = WRONG[case]
     with pytest.raises(InvalidExperts, match=message):
-        store.add_experts("extra", TENANT, keys, "cafe")
-    assert store.expert_groups() == []
+        store.experts.add("extra", TENANT, keys, "cafe")
+    assert store.experts.all() == []
     assert store.view(TENANT).version == store.verify_audit() == 0
 
 
 @pytest.mark.parametrize("name", ["", "Extra", "-x", "a" * 65, "a/b", "a\n"])
 def test_names_are_plain(store, name) -> None:
     with pytest.raises(InvalidExperts, match="group name"):
-        store.add_experts(name, TENANT, new_keys(), "cafe")
+        store.experts.add(name, TENANT, new_keys(), "cafe")
 
 
 def test_groups_are_named_once_and_go_one_way(store) -> None:
     with pytest.raises(InvalidExperts, match="session:default/abc"):
-        store.add_experts("extra", SESSION, new_keys(), "cafe")
-    for change in (store.promote_experts, store.retire_experts, store.settling):
+        store.experts.add("extra", SESSION, new_keys(), "cafe")
+    for change in (store.experts.promote, store.experts.retire, store.experts.settling):
         with pytest.raises(UnknownExpertGroup, match="'extra'"):
             change("extra")
-    store.add_experts("extra", TENANT, new_keys(), "cafe")
+    store.experts.add("extra", TENANT, new_keys(), "cafe")
     with pytest.raises(ExpertGroupExists, match="'extra', settling"):
-        store.add_experts("extra", TENANT, new_keys(), "cafe")
-    store.promote_experts("extra")
+        store.experts.add("extra", TENANT, new_keys(), "cafe")
+    store.experts.promote("extra")
     with pytest.raises(WrongGroupState, match="promoted"):
-        store.promote_experts("extra")
-    store.retire_experts("extra")
-    for change in (store.promote_experts, store.retire_experts):
+        store.experts.promote("extra")
+    store.experts.retire("extra")
+    for change in (store.experts.promote, store.experts.retire):
         with pytest.raises(WrongGroupState, match="retired"):
             change("extra")
     with pytest.raises(ExpertGroupExists, match="retired"):
-        store.add_experts("extra", TENANT, new_keys(), "cafe")
+        store.experts.add("extra", TENANT, new_keys(), "cafe")
 
 
 # ---- what survives
@@ -461,7 +461,7 @@ def everything(store) -> list:
             seen.append((str(scope), view.version, view.checksum, view.tokens, bits(view), shown, usage))
     groups = [
         (g.name, g.scope, g.state, g.digest, g.added_at, {n: ids.tolist() for n, ids in g.expert_ids.items()})
-        for g in store.expert_groups()
+        for g in store.experts.all()
     ]
     return [*seen, groups]
 
@@ -478,18 +478,18 @@ def test_a_restart_finds_every_generation_as_it_was(open_here, clock, teach, set
 
     teach(store, 1, OTHER)
     teach(store, 1, SESSION)
-    store.add_experts("one", TENANT, new_keys(1), "aa")
+    store.experts.add("one", TENANT, new_keys(1), "aa")
     store = restart()
     settle(store, 2)
     settle(store, 3, SESSION)
-    store.add_experts("two", OTHER, new_keys(2, n=1), "bb")
+    store.experts.add("two", OTHER, new_keys(2, n=1), "bb")
     store = restart()
-    store.promote_experts("one")
+    store.experts.promote("one")
     store = restart()
     settle(store, 4, OTHER, 19)
     settle(store, 5, STRANGER, 19)
     store = restart()
-    store.retire_experts("two")
+    store.experts.retire("two")
     store = restart()
     events = 4  # of the pool, each in the audit trail beside the versions
     scopes = (TENANT, SESSION, OTHER, STRANGER)
@@ -499,8 +499,8 @@ def test_a_restart_finds_every_generation_as_it_was(open_here, clock, teach, set
 def test_a_scope_that_was_not_in_memory_is_lifted_when_it_is_read(open_here, teach, settle) -> None:
     teach(open_here(), 1, OTHER)
     store = open_here()
-    store.add_experts("extra", TENANT, new_keys(), "cafe")
-    store.promote_experts("extra")
+    store.experts.add("extra", TENANT, new_keys(), "cafe")
+    store.experts.promote("extra")
     view = store.view(OTHER)
     assert (view.version, view.visible_ids(3)) == (1, None)
     np.testing.assert_array_equal(view.keys_of(3)[NEW_IDS], new_keys()[3])
@@ -514,7 +514,7 @@ def test_rollback_across_an_add_and_a_promote(open_here, teach, settle) -> None:
     store = open_here()
     teach(store, 1)
     old = store.view(TENANT)
-    store.add_experts("extra", TENANT, new_keys(), "cafe")
+    store.experts.add("extra", TENANT, new_keys(), "cafe")
     settle(store, 2)
     settle(store, 3)
     settling = store.view(TENANT)
@@ -525,7 +525,7 @@ def test_rollback_across_an_add_and_a_promote(open_here, teach, settle) -> None:
     np.testing.assert_array_equal(back.usage[3][:BORN], old.usage[3])
     store.rollback(TENANT, 4)
     assert store.view(TENANT).checksum == settling.checksum
-    store.promote_experts("extra")
+    store.experts.promote("extra")
     store.rollback(TENANT, 3)
     promoted = store.view(TENANT)
     np.testing.assert_array_equal(promoted.keys_of(3)[NEW_IDS], settling.keys_of(3)[NEW_IDS])
@@ -541,7 +541,7 @@ def test_snapshot_files_go_on_in_later_generations(open_here, teach, settle, tmp
     teach(store, 1)
     old = store.view(TENANT)
     store.snapshot(TENANT, None, tmp_path / "born.safetensors")
-    store.add_experts("extra", TENANT, new_keys(), "cafe")
+    store.experts.add("extra", TENANT, new_keys(), "cafe")
     settle(store, 2)
     settling = store.view(TENANT)
     store.snapshot(TENANT, None, tmp_path / "settling.safetensors")
@@ -553,7 +553,7 @@ def test_snapshot_files_go_on_in_later_generations(open_here, teach, settle, tmp
         other = store.view(OTHER)
         np.testing.assert_array_equal(other.keys_of(3), [*old.keys_of(3), *new_keys()[3]])
         assert other.visible_ids(3).tolist() == list(range(BORN))
-    store.promote_experts("extra")
+    store.experts.promote("extra")
     store.restore(OTHER, tmp_path / "settling.safetensors")
     np.testing.assert_array_equal(store.view(OTHER).keys_of(3)[NEW_IDS], new_keys()[3])
     store.snapshot(OTHER, None, tmp_path / "promoted.safetensors")
@@ -565,19 +565,19 @@ def test_snapshot_files_go_on_in_later_generations(open_here, teach, settle, tmp
 
 def test_a_snapshot_file_of_another_pool_is_refused(open_here, path, tmp_path) -> None:
     store = open_here()
-    store.add_experts("extra", TENANT, new_keys(), "cafe")
+    store.experts.add("extra", TENANT, new_keys(), "cafe")
     store.snapshot(TENANT, None, tmp_path / "keys.safetensors")
     path.unlink()
     store = open_here()
     with pytest.raises(ModelMismatch, match="generation 1 of the expert pool; this store is at 0"):
         store.restore(TENANT, tmp_path / "keys.safetensors")
-    store.add_experts("extra", TENANT, new_keys(), "another file")
+    store.experts.add("extra", TENANT, new_keys(), "another file")
     with pytest.raises(ModelMismatch, match=r"keys\.safetensors holds keys of pool"):
         store.restore(TENANT, tmp_path / "keys.safetensors")
 
 
 def test_a_snapshot_file_cannot_smuggle_in_hidden_keys(store, tmp_path) -> None:
-    store.add_experts("extra", TENANT, new_keys(), "cafe")
+    store.experts.add("extra", TENANT, new_keys(), "cafe")
     file = tmp_path / "keys.safetensors"
     store.snapshot(OTHER, None, file)
     hidden = store.view(OTHER).keys_of(3)[NEW_IDS].tobytes()
@@ -592,10 +592,10 @@ def test_thinning_keeps_versions_of_every_generation_loadable(open_here, teach, 
     store = open_here(versions_on_disk=4, versions_in_memory=1)
     for seed in range(20):
         teach(store, seed)
-    store.add_experts("extra", TENANT, new_keys(), "cafe")
+    store.experts.add("extra", TENANT, new_keys(), "cafe")
     for seed in range(20):
         settle(store, seed)
-    store.promote_experts("extra")
+    store.experts.promote("extra")
     for seed in range(20):
         settle(store, seed)
     latest = store.view(TENANT).checksum
@@ -623,7 +623,7 @@ def test_a_store_from_before_the_pool_goes_on_and_an_unknown_one_is_refused(open
     connection.close()
     store = open_here()
     assert everything(store) == wanted
-    store.add_experts("extra", TENANT, new_keys(), "cafe")
+    store.experts.add("extra", TENANT, new_keys(), "cafe")
     wanted = everything(store)
     assert everything(open_here()) == wanted
     open_here().close()
@@ -646,8 +646,8 @@ def test_a_store_from_before_the_pool_goes_on_and_an_unknown_one_is_refused(open
 )
 def test_an_edited_pool_is_not_believed(open_here, path, edit) -> None:
     store = open_here()
-    store.add_experts("extra", TENANT, new_keys(), "cafe")
-    store.promote_experts("extra")
+    store.experts.add("extra", TENANT, new_keys(), "cafe")
+    store.experts.promote("extra")
     store.close()
     connection = apsw.Connection(str(path))
     connection.execute(edit)
@@ -657,7 +657,7 @@ def test_an_edited_pool_is_not_believed(open_here, path, edit) -> None:
 
 
 def test_a_pool_of_layers_that_are_not_plastic_here_is_refused(open_here) -> None:
-    open_here(plastic_layers=(3, 5)).add_experts("extra", TENANT, new_keys(layers=(5,)), "cafe")
+    open_here(plastic_layers=(3, 5)).experts.add("extra", TENANT, new_keys(layers=(5,)), "cafe")
     with pytest.raises((StoreCorrupted, ModelMismatch)):
         open_here(plastic_layers=(3,))
 
@@ -684,12 +684,12 @@ def test_readers_see_one_generation_or_the_other(open_here, teach, window) -> No
     readers = [threading.Thread(target=read, args=(scope,)) for scope in (TENANT, OTHER)]
     for reader in readers:
         reader.start()
-    store.add_experts("extra", TENANT, new_keys(), "cafe")
+    store.experts.add("extra", TENANT, new_keys(), "cafe")
     for seed in range(5):
         store.submit(window(TENANT, seed, num_experts=BORN + ADDED))
         store.consolidate_once()
-    store.promote_experts("extra")
-    store.retire_experts("extra")
+    store.experts.promote("extra")
+    store.experts.retire("extra")
     done.set()
     for reader in readers:
         reader.join()

@@ -77,7 +77,7 @@ def vfs(monkeypatch: pytest.MonkeyPatch) -> Iterator[RecordingVFS]:
 def state_of(store: KeyStore) -> tuple:
     """Everything that an acknowledged change changes."""
     heads = tuple((scope, store.view(scope).version, store.view(scope).checksum) for scope in store.scopes())
-    groups = tuple((group.name, group.state) for group in store.expert_groups())
+    groups = tuple((group.name, group.state) for group in store.experts.all())
     return heads, groups, store.is_frozen(OTHER), store.verify_audit()
 
 
@@ -88,7 +88,7 @@ def history(vfs, path, open_here, clock, window, teach, tmp_path) -> SimpleNames
 
     def opened() -> KeyStore:
         store = open_here(clock=clock, versions_on_disk=2, session_ttl_s=100)
-        store.subscribe(lambda new: checksums.__setitem__((new.scope, new.version), new.checksum))
+        store.news.published.add(lambda new: checksums.__setitem__((new.scope, new.version), new.checksum))
         store._backend._writer.wal_autocheckpoint(16)  # pages: checkpoints in the middle of the history
         return store
 
@@ -102,7 +102,7 @@ def history(vfs, path, open_here, clock, window, teach, tmp_path) -> SimpleNames
 
     def expire(store: KeyStore) -> None:
         clock.now_s += 1000
-        assert store.expire_sessions(clock.now_s) == [SESSION]
+        assert store.learning.expire_sessions(clock.now_s) == [SESSION]
 
     changes: list[Callable[[KeyStore], object]] = [
         lambda store: teach(store, 1),
@@ -141,7 +141,7 @@ def pool_history(vfs, open_here, clock, window, teach) -> SimpleNamespace:
 
     def opened() -> KeyStore:
         store = open_here(clock=clock, versions_on_disk=2, session_ttl_s=100)
-        store.subscribe(lambda new: checksums.__setitem__((new.scope, new.version), new.checksum))
+        store.news.published.add(lambda new: checksums.__setitem__((new.scope, new.version), new.checksum))
         store._backend._writer.wal_autocheckpoint(16)
         return store
 
@@ -152,12 +152,12 @@ def pool_history(vfs, open_here, clock, window, teach) -> SimpleNamespace:
     changes: list[Callable[[KeyStore], object]] = [
         lambda store: teach(store, 1, OTHER),
         lambda store: teach(store, 2, SESSION),
-        lambda store: store.add_experts("one", TENANT, keys, "cafe"),
+        lambda store: store.experts.add("one", TENANT, keys, "cafe"),
         lambda store: settle(store, 3),
         lambda store: teach(store, 4, OTHER),
-        lambda store: store.add_experts("two", OTHER, keys, "beef"),
-        lambda store: store.promote_experts("one"),
-        lambda store: store.retire_experts("two"),
+        lambda store: store.experts.add("two", OTHER, keys, "beef"),
+        lambda store: store.experts.promote("one"),
+        lambda store: store.experts.retire("two"),
         lambda store: teach(store, 5, OTHER),
     ]
     store = opened()

@@ -55,14 +55,14 @@ def test_a_store_that_saved_more_before_comes_down_to_the_cap(open_here, teach) 
 def test_who_holds_something_of_a_session_hears_of_its_end(open_here, clock, teach, window) -> None:
     store = open_here(clock=clock, max_sessions=1, session_eviction="discard", session_ttl_s=100)
     gone: list[ScopeId] = []
-    end = store.subscribe_deleted(gone.append)
+    end = store.news.deleted.add(gone.append)
     teach(store, 0, A)
     teach(store, 1, TENANT)
     assert gone == []
     teach(store, 2, B)
     assert gone == [A]
     clock.now_s += 200
-    store.expire_sessions(clock.now_s)
+    store.learning.expire_sessions(clock.now_s)
     assert gone == [A, B]
     end()
     teach(store, 3, C)
@@ -76,7 +76,7 @@ def test_windows_that_wait_for_a_session_go_with_it(open_here, clock, teach, win
     clock.now_s += 200
     store.submit(window(A, 1))
     store.submit(window(TENANT, 2))
-    store.expire_sessions(clock.now_s)
+    store.learning.expire_sessions(clock.now_s)
     assert [each.scope for each in store.consolidate_once()] == [TENANT]
     assert store.counters().dropped["superseded"] == 1
 

@@ -1,5 +1,4 @@
 import gc
-import threading
 import weakref
 
 import apsw
@@ -192,8 +191,8 @@ def test_idle_sessions_expire_durably_and_never_reuse_a_number(open_here, clock,
     clock.now_s += 90
     store.view(SESSION)
     clock.now_s += 90
-    assert store.expire_sessions(clock.now_s) == []
-    assert store.expire_sessions(clock.now_s + 11) == [SESSION]
+    assert store.learning.expire_sessions(clock.now_s) == []
+    assert store.learning.expire_sessions(clock.now_s + 11) == [SESSION]
     store = open_here(clock=clock)
     assert store.scopes() == []
     assert store.view(SESSION).version == 0
@@ -271,8 +270,8 @@ def test_subscribers_hear_of_every_version_and_one_that_fails_harms_nobody(store
     def fail(snapshot) -> None:
         raise RuntimeError("subscriber bug")
 
-    store.subscribe(fail)
-    unsubscribe = store.subscribe(
+    store.news.published.add(fail)
+    unsubscribe = store.news.published.add(
         lambda snapshot: heard.append((snapshot.version, store.view(TENANT).version))
     )
     teach(store, 1)
@@ -282,35 +281,6 @@ def test_subscribers_hear_of_every_version_and_one_that_fails_harms_nobody(store
     assert heard == [(1, 1), (2, 2)]
     assert store.counters().subscriber_failures == 3
     assert "subscriber failed" in caplog.text
-
-
-def test_readers_never_see_a_torn_or_older_version(open_here, window) -> None:
-    store = open_here(queue_size=8)
-    expected, done, problems, reads = {0: bits(store.view(TENANT))}, threading.Event(), [], [0] * 4
-    store.subscribe(lambda snapshot: expected.__setitem__(snapshot.version, bits(snapshot)))
-
-    def read(reader: int) -> None:
-        seen, last = {}, -1
-        while not done.is_set():
-            view = store.view(TENANT)
-            if view.version < last:
-                problems.append((last, view.version))
-            last = view.version
-            seen[last] = bits(view)
-            reads[reader] += 1
-        problems.extend(version for version, found in seen.items() if expected[version] != found)
-
-    readers = [threading.Thread(target=read, args=(reader,)) for reader in range(4)]
-    for reader in readers:
-        reader.start()
-    for seed in range(60):
-        store.submit(window(seed=seed))
-        store.consolidate_once()
-    done.set()
-    for reader in readers:
-        reader.join()
-    assert problems == []
-    assert min(reads) > 60
 
 
 def test_settings_that_make_no_sense_are_refused(open_here) -> None:
@@ -339,8 +309,8 @@ def test_who_gathers_for_a_scope_hears_when_its_keys_are_replaced(store, teach, 
     def fail(scope: ScopeId) -> None:
         raise RuntimeError(scope)
 
-    store.subscribe_replaced(fail)
-    end = store.subscribe_replaced(lambda scope: replaced.append((scope, store.view(scope).version)))
+    store.news.replaced.add(fail)
+    end = store.news.replaced.add(lambda scope: replaced.append((scope, store.view(scope).version)))
     teach(store, 1)
     teach(store, 2, SESSION)
     store.snapshot(TENANT, None, tmp_path / "keys.safetensors")
