@@ -7,11 +7,12 @@ TORCH = torch==2.13.0
 
 BIN = .venv/bin
 STAMP = .venv/.complete
+CLIENTS = .venv-clients
 PIP = $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Two cores are the reference machine: tests keep numeric libraries to one thread each.
 TEST_ENV = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: setup serve test test-slow test-gpu check fmt bench clean
+.PHONY: setup clients serve test test-slow test-gpu check check-deploy fmt bench clean
 
 setup: $(STAMP)
 
@@ -26,13 +27,23 @@ $(STAMP): requirements.lock requirements-dev.lock pyproject.toml
 		{ echo "installation failed: is the package index reachable from here? (pip's own message is above)" >&2; exit 1; }
 	@touch $@
 
+# What other people's clients need is far more than we do, and only the slow suite needs it.
+clients: $(CLIENTS)/.complete
+
+$(CLIENTS)/.complete: requirements-clients.lock
+	@test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
+	@echo "installing clients into $(CLIENTS) (a few minutes the first time)"
+	@$(CLIENTS)/bin/python -m pip --disable-pip-version-check --quiet install '$(TORCH)' && \
+		$(CLIENTS)/bin/python -m pip --disable-pip-version-check --quiet install --no-deps -r requirements-clients.lock
+	@touch $@
+
 serve: setup
 	@$(BIN)/libration serve --host $(HOST) --port $(PORT) $(if $(CONFIG),--config $(CONFIG))
 
 test: setup
 	$(TEST_ENV) $(BIN)/python -m pytest -q
 
-test-slow: setup
+test-slow: setup clients
 	$(TEST_ENV) $(BIN)/python -m pytest -q -m slow --timeout 3600
 
 test-gpu: setup
@@ -44,6 +55,12 @@ check: setup
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
+# What needs promtool, which pip does not have (Debian: the package prometheus). All else of deploy/ is in `make test`.
+check-deploy:
+	promtool check config --syntax-only deploy/prometheus/prometheus.yml
+	promtool check rules --lint=all --lint-fatal deploy/prometheus/alerts.yml
+	promtool test rules deploy/prometheus/alerts_test.yml
+
 fmt: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -52,4 +69,4 @@ bench: setup
 	$(BIN)/python bench/serve.py
 
 clean:
-	rm -rf .venv
+	rm -rf .venv $(CLIENTS)
