@@ -17,8 +17,9 @@ class ModelConfig:
     rms_norm_eps: float
     rope_theta: float
     max_position_embeddings: int
-    bos_token_id: int
+    bos_token_id: int | None
     eos_token_id: int
+    rope_divisors: tuple[float, ...] = ()  # of the rotary frequencies, (head_dim / 2); empty: none are scaled
 
     @property
     def query_size(self) -> int:

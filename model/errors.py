@@ -4,7 +4,9 @@ ModelError
 ├── CheckpointError      a weight file is missing, truncated or of the wrong shape
 │   └── InvalidExpertFile   a file of experts to add does not fit the blocks, or is none
 ├── UnsupportedConfig    a configuration names a choice that does not exist or cannot be had
-└── ChatTemplateError    the template refuses these messages
+├── ChatTemplateError    the template refuses these messages
+├── InvalidGrammar       a schema cannot be compiled
+└── GrammarExhausted     a text outgrew what its grammar may take to follow
 """
 
 
@@ -26,3 +28,11 @@ class UnsupportedConfig(ModelError):
 
 class ChatTemplateError(ModelError):
     """The chat template refuses the messages."""
+
+
+class InvalidGrammar(ModelError):
+    """A JSON schema is wrong, too large, or asks for what cannot be kept; the message names the keyword."""
+
+
+class GrammarExhausted(ModelError):
+    """Following the schema came to take more states or more work than is allowed."""

@@ -1,17 +1,17 @@
-"""Text to token ids and back, chat messages to a prompt. Byte-level BPE, built from the model file's own lists."""
+"""Text to token ids and back, chat messages to a prompt."""
 
 import codecs
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
+from model.chat_template import ChatTemplate
 from model.checkpoints.gguf import GGUFFile
 from model.errors import ChatTemplateError, CheckpointError
+from model.token_bytes import byte_table, strips_leading_space
 
 CONTROL_TOKEN = 3  # gguf token type of special tokens
 PRE_TOKENIZERS = {  # tokenizer.ggml.pre -> how text is split before merging
@@ -30,8 +30,8 @@ class TokenizerSpec:
 
     backend: str  # a `tokenizers` tokenizer in its own JSON form
     special_ids: list[int]
-    chat_template: str
-    bos_token: str
+    chat_template: str  # empty: there is none
+    bos_token: str  # empty: there is none
     eos_token: str
 
 
@@ -45,28 +45,42 @@ def spec_from_gguf(file: GGUFFile) -> TokenizerSpec:
     special_ids = [
         i for i, kind in enumerate(file.field("tokenizer.ggml.token_type")) if kind == CONTROL_TOKEN
     ]
-    backend = Tokenizer(BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    try:
+        backend = Tokenizer(BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    except Exception as error:  # the library raises nothing narrower
+        raise CheckpointError(f"{file.path}: its vocabulary is none: {str(error)[:200]}") from error
     backend.pre_tokenizer = PRE_TOKENIZERS[pre]()
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(tokens[i], special=True, normalized=False) for i in special_ids])
     return TokenizerSpec(
         backend.to_str(),
         special_ids,
-        file.field("tokenizer.chat_template"),
-        tokens[file.field("tokenizer.ggml.bos_token_id")],
-        tokens[file.field("tokenizer.ggml.eos_token_id")],
+        file.field("tokenizer.chat_template", ""),
+        *(_named_token(file, tokens, name) for name in ("bos", "eos")),
     )
+
+
+def _named_token(file: GGUFFile, tokens: list[str], name: str) -> str:
+    field = f"tokenizer.ggml.{name}_token_id"
+    token_id = file.count(field, lowest=0)
+    if token_id >= len(tokens):
+        raise CheckpointError(f"{file.path}: {field} is {token_id}; allowed: 0 to {len(tokens) - 1}")
+    return tokens[token_id]
 
 
 class TextTokenizer:
     """The tokenizer of one model. Safe to use from several threads."""
 
-    def __init__(self, spec: TokenizerSpec):
+    def __init__(self, spec: TokenizerSpec, vocab_size: int = 0):
+        """`vocab_size`: of the model, where it has more ids than the tokenizer has texts.
+
+        Raises CheckpointError when the tokenizer is of a kind that is not known, or the chat template is none.
+        """
         self._backend = Tokenizer.from_str(spec.backend)
         self.special_ids = frozenset(spec.special_ids)
-        self._token_bytes = _byte_table(self._backend, self.special_ids)
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        self._template = environment.from_string(spec.chat_template, globals={"raise_exception": _refuse})
+        self._token_bytes = byte_table(self._backend, vocab_size)
+        self._strips_space = strips_leading_space(self._backend)
+        self._template = ChatTemplate(spec.chat_template) if spec.chat_template else None
         self.chat_template, self.bos_token, self.eos_token = (
             spec.chat_template,
             spec.bos_token,
@@ -78,21 +92,26 @@ class TextTokenizer:
     def vocab_size(self) -> int:
         return len(self._token_bytes)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text. Special tokens written out in the text become themselves."""
-        return self._backend.encode(text, add_special_tokens=False).ids
+    @property
+    def begins_texts(self) -> bool:
+        """Whether `encode` puts special tokens around a text."""
+        return bool(self.encode("", add_special_tokens=True))
+
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of a text, if wanted with what the tokenizer puts around a whole one.
+
+        Special tokens written out in the text become themselves.
+        """
+        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Token ids of a conversation with the assistant's turn opened.
 
         Raises ChatTemplateError when the template refuses the messages.
         """
-        try:
-            text = self._template.render(
-                messages=messages, add_generation_prompt=True, **self._template_names
-            )
-        except jinja2.TemplateError as error:
-            raise ChatTemplateError(f"the chat template refuses these messages: {error}") from error
+        if self._template is None:
+            raise ChatTemplateError("this model has no chat template; use completions")
+        text = self._template.render(messages, **self._template_names)
         return self.encode(text)
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -102,7 +121,8 @@ class TextTokenizer:
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of some tokens, special ones left out, bytes that are no UTF-8 replaced."""
         stream = TextStream(self)
-        return stream.push(token_ids) + stream.finish()
+        text = stream.push(token_ids) + stream.finish()
+        return text.removeprefix(" ") if self._strips_space else text
 
 
 class TextStream:
@@ -119,23 +139,3 @@ class TextStream:
 
     def finish(self) -> str:
         return self._decoder.decode(b"", final=True)
-
-
-def _byte_table(backend: Tokenizer, special_ids: frozenset[int]) -> list[bytes]:
-    """Bytes of every token id, undoing the byte-to-printable-character map of GPT-2's byte-level BPE."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    character_to_byte = {chr(b): b for b in printable}
-    character_to_byte |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in printable)}
-    table: list[bytes] = []
-    for token_id in range(backend.get_vocab_size()):
-        token = backend.id_to_token(token_id)
-        assert token is not None, f"the vocabulary has a hole at {token_id}"
-        if token_id in special_ids or any(character not in character_to_byte for character in token):
-            table.append(token.encode())
-        else:
-            table.append(bytes(character_to_byte[character] for character in token))
-    return table
-
-
-def _refuse(message: str) -> None:
-    raise jinja2.TemplateError(message)

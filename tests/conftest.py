@@ -1,11 +1,14 @@
 """A tiny random base model, and the real one for the few tests that are about it."""
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
 from torch import Tensor
 
 from model.blocks import build_block
@@ -18,7 +21,12 @@ from model.checkpoints.load import BaseModel, assemble, find_base_file, load_bas
 from model.config import ModelConfig
 from model.keys import AnchorKeys
 from model.kv_cache import CacheBudget, SequenceCache
+from model.tokenizer import TextTokenizer, TokenizerSpec
 from model.transformer import Segment, Transformer, Variant
+
+sys.path.append(str(Path(__file__).parents[1] / "bench"))
+
+from redis_server import RedisServer, running
 
 TINY = ModelConfig(
     vocab_size=97,
@@ -33,6 +41,11 @@ TINY = ModelConfig(
     max_position_embeddings=256,
     bos_token_id=1,
     eos_token_id=2,
+)
+SPECIAL_TOKENS = ["<|end|>", "<|user|>", "<|assistant|>"]
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'assistant' and loop.first %}{{ raise_exception('user first') }}"
+    "{% endif %}<|user|>{{ m.content }}<|end|>{% endfor %}<|assistant|>"
 )
 SIZES = {"layers": (1, 2), "hidden_size": 32}
 TINY_BLOCKS = SomeConfig(
@@ -171,3 +184,41 @@ def base_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def load_real(base_cache: Path) -> Callable[[torch.dtype], BaseModel]:
     return lambda dtype: load_base(find_base_file(), dtype, base_cache)
+
+
+@pytest.fixture
+def redis_server(tmp_path: Path) -> Iterator[RedisServer]:
+    """A Redis of the test's own, empty, that forgets nothing."""
+    with running(tmp_path / "redis") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> TextTokenizer:
+    """One token for each byte, and three special ones."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS])
+    ids = [256 + i for i in range(len(SPECIAL_TOKENS))]
+    return TextTokenizer(
+        TokenizerSpec(backend.to_str(), ids, CHAT_TEMPLATE, SPECIAL_TOKENS[1], SPECIAL_TOKENS[0])
+    )
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, torch.nn.Module]]:
+    """checkpoint(family, **changes): a tiny Hugging Face folder, each written once, and transformers' model of it."""
+    made: dict[str, tuple[Path, torch.nn.Module]] = {}
+
+    def checkpoint_of(family: str, **changes: object) -> tuple[Path, torch.nn.Module]:
+        from tiny_checkpoint import write  # transformers takes seconds to import
+
+        name = f"{family} {sorted(changes.items())}"
+        if name not in made:
+            folder = tmp_path_factory.mktemp(family)
+            made[name] = folder, write(family, folder, **changes)
+        return made[name]
+
+    return checkpoint_of

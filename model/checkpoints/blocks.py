@@ -26,6 +26,9 @@ class BlockFolder:
 
     config: BlockConfig
     blocks: dict[int, ExpertBlock]
+    fingerprint: str = (
+        ""  # of the files, where it is known; else the blocks' own parameters tell them from others
+    )
 
 
 def shipped_variants() -> list[str]:

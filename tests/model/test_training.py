@@ -14,7 +14,7 @@ from model.training.loop import TrainingConfig, train
 from model.training.report import VariantReport, draw_curve, draw_losses, markdown_table
 from model.training.sources import read_html, split_of
 from model.training.sweep import choose_learning_rate
-from model.training.upper import lower_states, upper_loss
+from model.training.upper import LowerStates, lower_states, upper_loss
 
 CONFIG = TrainingConfig(windows_per_step=4, learning_rate=3e-2, warmup_steps=2, checkpoint_every=5, epochs=4)
 
@@ -37,6 +37,16 @@ def test_training_lowers_the_loss(tiny, block_config, windows, tmp_path):
     before = mean_loss(tiny, {}, windows)
     trained = train(tiny.model, block_config, CONFIG, windows, tmp_path / "run", tmp_path / "lower")
     assert mean_loss(tiny, trained, windows) < 0.8 * before
+
+
+def test_kept_states_are_those_of_windows_of_the_same_length(tiny, tmp_path):
+    tokens = torch.arange(16).view(2, 8)
+    whole = LowerStates(tiny.model, tokens, 1, tmp_path).of(torch.tensor([0, 1]))
+    halves = LowerStates(tiny.model, tokens.view(4, 4), 1, tmp_path).of(torch.arange(4))
+    again = LowerStates(tiny.model, tokens, 1, tmp_path).of(torch.tensor([0, 1]))
+    assert torch.equal(again, whole)
+    assert_close(halves[0], whole[0, :4], atol=0.05, rtol=0.05)
+    assert not torch.allclose(halves[1], whole[0, 4:], atol=0.05, rtol=0.05), "the second half begins anew"
 
 
 def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from model.blocks.base import BlockSpan
 from model.credit import expert_credit, loss_gradient
-from model.value_offsets import moved, pulls, updated
+from model.value_offsets import METRIC_RIDGE, directions, head_metric, moved, pulls, updated
 
 EXPERTS, HIDDEN, SELECTED = 8, 32, 2
 TEXT = [(7 * i * i + 3 * i) % 97 for i in range(60)]
@@ -27,7 +27,7 @@ def random_offsets(seed, length=1.0):
     return {layer: length * torch.randn(EXPERTS, HIDDEN) for layer in (1, 2)}
 
 
-def test_a_window_moves_offsets_against_the_gradients_direction():
+def test_a_window_moves_offsets_against_what_its_tokens_ask_for():
     ids, gates, gradient, norms = window(11)
     before = 0.01 * torch.randn(EXPERTS, HIDDEN)
     expected = before.clone()
@@ -36,8 +36,8 @@ def test_a_window_moves_offsets_against_the_gradients_direction():
         for t in range(11):
             for k in range(SELECTED):
                 if ids[t, k] == expert:
-                    mean += gates[t, k] * gradient[t] / gradient[t].norm() / 11
-        expected[expert] -= 0.02 * sorted(norms.tolist())[5] * mean * EXPERTS / SELECTED
+                    mean += gates[t, k] * gradient[t] / 11
+        expected[expert] -= 0.02 * sorted(norms.tolist())[5] / HIDDEN**0.5 * mean * EXPERTS / SELECTED
     assert_close(updated(before, ids, gates, gradient, norms, 0.02, 10.0), expected)
 
 
@@ -78,11 +78,29 @@ def test_one_token_with_a_huge_residual_stream_changes_nothing():
     assert torch.equal(updated(torch.zeros(EXPERTS, HIDDEN), ids, gates, gradient, norms, 0.02, 0.1), usual)
 
 
-def test_a_token_without_a_gradient_pulls_nothing():
-    ids, gates, gradient, _ = window(5)
-    gradient[2] = 0
-    rest = [0, 1, 3, 4]
-    assert_close(pulls(ids, gates, gradient, EXPERTS), pulls(ids[rest], gates[rest], gradient[rest], EXPERTS))
+def test_the_metric_undoes_what_the_heads_rows_have_in_common(tiny):
+    norm, head = tiny.model.final_norm, tiny.model.head.clone()
+    head += 5 * torch.randn(HIDDEN)  # one direction that every logit shares
+    metric = head_metric(norm, head)
+    weighted = head * norm
+    moment = weighted.T @ weighted / len(head)
+    ridge = METRIC_RIDGE * moment.trace() / HIDDEN
+    assert_close(metric @ (moment + ridge * torch.eye(HIDDEN)), torch.eye(HIDDEN), atol=1e-4, rtol=1e-4)
+    common = weighted.mean(0) / weighted.mean(0).norm()
+    other = torch.linalg.svd(weighted - weighted.mean(0)).Vh[0]
+    assert (metric @ common).norm() < 0.2 * (metric @ other).norm()
+
+
+def test_directions_are_derivatives_by_the_normalised_state_in_the_metric(tiny):
+    torch.manual_seed(2)
+    model, final, targets = tiny.model, 7 * torch.randn(6, HIDDEN), torch.randint(0, 97, (6,))
+    normed = (final * torch.rsqrt(final.square().mean(-1, keepdim=True))).requires_grad_()
+    logits = (normed * model.final_norm) @ model.head.T
+    torch.nn.functional.cross_entropy(logits, targets, reduction="sum").backward()
+    metric = head_metric(model.final_norm, model.head)
+    found = directions(loss_gradient(model, final, targets), final, metric)
+    radial = (normed.grad * normed).mean(-1, keepdim=True) * normed  # what the norm cannot pass on
+    assert_close(found, (normed.grad - radial).detach() @ metric, atol=1e-5, rtol=1e-3)
 
 
 def test_serving_adds_what_whole_windows_add(tiny):
