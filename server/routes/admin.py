@@ -11,6 +11,8 @@ from server.registry import Plasticity
 from server.routes.keys import Limit, Scope
 from server.routes.lookup import named_scope, routing_keys_of, visible_scope
 from server.routes.wire import StrictJsonRoute, json_response
+from server.schemas.answers import answers
+from server.schemas.key_answers import AuditTrail, Consolidated, Frozen, NewVersion, Snapshot
 from server.schemas.keys import (
     ConsolidateBody,
     FreezeBody,
@@ -26,19 +28,19 @@ STEP_TIMEOUT_S = 10.0
 router = APIRouter(prefix="/admin/keys", route_class=StrictJsonRoute)
 
 
-@router.post("/{endpoint}/freeze")
+@router.post("/{endpoint}/freeze", responses=answers(Frozen))
 def freeze(request: Request, endpoint: str, body: FreezeBody | None = None) -> Response:
     """Stop learning of one scope, or of all without one."""
     return _set_frozen(request, endpoint, body or FreezeBody(), frozen=True)
 
 
-@router.post("/{endpoint}/unfreeze")
+@router.post("/{endpoint}/unfreeze", responses=answers(Frozen))
 def unfreeze(request: Request, endpoint: str, body: FreezeBody | None = None) -> Response:
     """Undo a freeze of the same scope."""
     return _set_frozen(request, endpoint, body or FreezeBody(), frozen=False)
 
 
-@router.post("/{endpoint}/rollback")
+@router.post("/{endpoint}/rollback", responses=answers(NewVersion))
 def rollback(request: Request, endpoint: str, body: RollbackBody) -> Response:
     """Publish an old version's keys as a new version."""
     plasticity, scope = _target(request, endpoint, body.scope)
@@ -46,7 +48,7 @@ def rollback(request: Request, endpoint: str, body: RollbackBody) -> Response:
     return json_response({"endpoint": endpoint, "scope": str(scope), "version": version})
 
 
-@router.post("/{endpoint}/reset")
+@router.post("/{endpoint}/reset", responses=answers(NewVersion))
 def reset(request: Request, endpoint: str, body: ResetBody | None = None) -> Response:
     """Publish the anchors as a new version."""
     wanted = body or ResetBody()
@@ -55,7 +57,7 @@ def reset(request: Request, endpoint: str, body: ResetBody | None = None) -> Res
     return json_response({"endpoint": endpoint, "scope": str(scope), "version": version})
 
 
-@router.post("/{endpoint}/snapshot")
+@router.post("/{endpoint}/snapshot", responses=answers(Snapshot))
 def snapshot(request: Request, endpoint: str, body: SnapshotBody) -> Response:
     """Write one version to a new file in the server's folder of snapshots."""
     plasticity, scope = _target(request, endpoint, body.scope)
@@ -66,7 +68,7 @@ def snapshot(request: Request, endpoint: str, body: SnapshotBody) -> Response:
     return json_response(shown | {"checksum": written.checksum})
 
 
-@router.post("/{endpoint}/restore")
+@router.post("/{endpoint}/restore", responses=answers(NewVersion))
 def restore(request: Request, endpoint: str, body: RestoreBody) -> Response:
     """Publish the keys in a file of the server's folder of snapshots as a new version."""
     plasticity, scope = _target(request, endpoint, body.scope)
@@ -77,7 +79,7 @@ def restore(request: Request, endpoint: str, body: RestoreBody) -> Response:
     return json_response({"endpoint": endpoint, "scope": str(scope), "version": version})
 
 
-@router.post("/{endpoint}/consolidate")
+@router.post("/{endpoint}/consolidate", responses=answers(Consolidated))
 def consolidate(request: Request, endpoint: str, body: ConsolidateBody | None = None) -> Response:
     """Learn everything that waits, also windows that are not full, and say what was published."""
     served, plasticity = routing_keys_of(state_of(request).registry, endpoint)
@@ -88,7 +90,7 @@ def consolidate(request: Request, endpoint: str, body: ConsolidateBody | None = 
     return json_response({"endpoint": endpoint, "published": versions})
 
 
-@router.get("/{endpoint}/audit")
+@router.get("/{endpoint}/audit", responses=answers(AuditTrail))
 def show_audit(request: Request, endpoint: str, scope: Scope = None, limit: Limit = 100) -> Response:
     """What happened to a scope, or to all without one, newest first. The whole hash chain is verified first."""
     _, plasticity = routing_keys_of(state_of(request).registry, endpoint)

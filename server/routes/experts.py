@@ -11,13 +11,15 @@ from server.exchange import caller_of
 from server.refusals import InvalidRequest, NotFound
 from server.routes.lookup import routing_keys_of, visible_scope
 from server.routes.wire import StrictJsonRoute, json_response
+from server.schemas.answers import answers
 from server.schemas.experts import AddExpertsBody
+from server.schemas.key_answers import ExpertGroupList, ExpertGroupOfEndpoint
 from server.state import state_of
 
 router = APIRouter(prefix="/admin/experts", route_class=StrictJsonRoute)
 
 
-@router.post("/{endpoint}")
+@router.post("/{endpoint}", responses=answers(ExpertGroupOfEndpoint))
 def add_experts(request: Request, endpoint: str, body: AddExpertsBody) -> Response:
     """Add the experts in a file of the server's folder, for one scope to settle."""
     _, plasticity = routing_keys_of(state_of(request).registry, endpoint)
@@ -33,28 +35,28 @@ def add_experts(request: Request, endpoint: str, body: AddExpertsBody) -> Respon
     return json_response({"endpoint": endpoint} | _shown(plasticity.store, group))
 
 
-@router.get("/{endpoint}")
+@router.get("/{endpoint}", responses=answers(ExpertGroupList))
 def list_experts(request: Request, endpoint: str) -> Response:
     """Every group that was ever added, and how far those that settle have come."""
     _, plasticity = routing_keys_of(state_of(request).registry, endpoint)
     store = plasticity.store
-    data = [_shown(store, group) for group in store.expert_groups()]
+    data = [_shown(store, group) for group in store.experts.all()]
     return json_response({"object": "list", "endpoint": endpoint, "data": data})
 
 
-@router.post("/{endpoint}/{name}/promote")
+@router.post("/{endpoint}/{name}/promote", responses=answers(ExpertGroupOfEndpoint))
 def promote_experts(request: Request, endpoint: str, name: str) -> Response:
     """Make where a group has settled its anchors, which everybody sees."""
     _, plasticity = routing_keys_of(state_of(request).registry, endpoint)
-    group = plasticity.store.promote_experts(name)
+    group = plasticity.store.experts.promote(name)
     return json_response({"endpoint": endpoint} | _shown(plasticity.store, group))
 
 
-@router.delete("/{endpoint}/{name}")
+@router.delete("/{endpoint}/{name}", responses=answers(ExpertGroupOfEndpoint))
 def retire_experts(request: Request, endpoint: str, name: str) -> Response:
     """Hide a group from everybody, for ever; running requests finish with it."""
     _, plasticity = routing_keys_of(state_of(request).registry, endpoint)
-    group = plasticity.store.retire_experts(name)
+    group = plasticity.store.experts.retire(name)
     return json_response({"endpoint": endpoint} | _shown(plasticity.store, group))
 
 
@@ -75,7 +77,7 @@ def _settling(store: KeyStore, group: ExpertGroup) -> dict[str, Any] | None:
     if group.state != "settling":
         return None
     try:
-        layers = store.settling(group.name)
+        layers = store.experts.settling(group.name)
     except WrongGroupState:  # promoted or retired meanwhile
         return None
     return {

@@ -6,16 +6,18 @@ from server.exchange import caller_of, exchange_of
 from server.feedback import PastAnswer, UnknownAnswer, start_teaching
 from server.refusals import Conflict, InvalidRequest, OverBudget
 from server.registry import Plasticity
+from server.routes.lookup import PinnedEndpoint
 from server.routes.wire import StrictJsonRoute, json_response
+from server.schemas.answers import Judgement, answers
 from server.schemas.feedback import FeedbackBody
 from server.state import state_of
 
 router = APIRouter(route_class=StrictJsonRoute)
 
 
-@router.post("/v1/feedback")
-@router.post("/{endpoint}/v1/feedback")
-async def judge_answer(request: Request, body: FeedbackBody, endpoint: str | None = None) -> Response:
+@router.post("/v1/feedback", responses=answers(Judgement))
+@router.post("/{endpoint}/v1/feedback", responses=answers(Judgement))
+async def judge_answer(request: Request, body: FeedbackBody, endpoint: PinnedEndpoint) -> Response:
     """Each answer can be judged once, by its own tenant. Taught when this has been answered; keys move by windows."""
     state, caller = state_of(request), caller_of(request)
     answer = state.answers.find(body.id, caller.tenant)

@@ -4,10 +4,12 @@ import time
 
 from fastapi import APIRouter, Request, Response
 from starlette.concurrency import run_in_threadpool
+from starlette.responses import PlainTextResponse
 
 from server.metrics import CONTENT_TYPE
 from server.refusals import NotServing
 from server.routes.wire import json_response
+from server.schemas.answers import Health, Liveness, Readiness, answers
 from server.state import ServerState, state_of
 
 router = APIRouter()
@@ -15,14 +17,14 @@ router = APIRouter()
 MISSED_BEATS = 3
 
 
-@router.get("/health/live")
+@router.get("/health/live", responses=answers(Liveness))
 async def live(request: Request) -> Response:
     """503 when an engine has stopped or hangs: restart the process."""
     _check_live(state_of(request))
     return json_response({"status": "live"})
 
 
-@router.get("/health/ready")
+@router.get("/health/ready", responses=answers(Readiness))
 async def ready(request: Request) -> Response:
     """503 when no new requests should come. A degraded server serves on, and says what is wrong."""
     state = state_of(request)
@@ -31,7 +33,7 @@ async def ready(request: Request) -> Response:
     return json_response({"status": "degraded" if reasons else "ready", "reasons": reasons})
 
 
-@router.get("/health")
+@router.get("/health", responses=answers(Health))
 async def health(request: Request) -> Response:
     """Both, with version and age."""
     state = state_of(request)
@@ -48,7 +50,7 @@ async def health(request: Request) -> Response:
     )
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     page = await run_in_threadpool(state_of(request).metrics.page)
     return Response(page, headers={"Content-Type": CONTENT_TYPE})

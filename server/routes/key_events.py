@@ -39,7 +39,7 @@ class Listener:
         self._waiting: deque[KeySnapshot] = deque()
         self._arrived = asyncio.Event()
         self.missed = 0
-        self.close = store.subscribe(self._take)
+        self.close = store.news.published.add(self._take)
 
     async def next(self, timeout_s: float) -> KeySnapshot | None:
         """The oldest version not yet read, or None when none came in time."""
@@ -64,7 +64,7 @@ class Listener:
         self._arrived.set()
 
 
-@router.get("/{endpoint}/events")
+@router.get("/{endpoint}/events", response_class=EventStream, status_code=200)
 async def stream_versions(
     request: Request, endpoint: str, scope: Scope = None, session_id: Session = None
 ) -> Response:

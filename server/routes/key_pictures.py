@@ -15,6 +15,8 @@ from server.refusals import NotFound
 from server.routes.keys import Limit, Scope, Session, Version, keys_of_layer
 from server.routes.lookup import routing_keys_of, visible_scope
 from server.routes.wire import StrictJsonRoute, json_response
+from server.schemas.answers import answers
+from server.schemas.key_answers import Expert, Projection
 from server.state import state_of
 
 router = APIRouter(prefix="/v1/keys", route_class=StrictJsonRoute)
@@ -22,7 +24,7 @@ router = APIRouter(prefix="/v1/keys", route_class=StrictJsonRoute)
 NEIGHBOURS = 8
 
 
-@router.get("/{endpoint}/layers/{layer}/projection")
+@router.get("/{endpoint}/layers/{layer}/projection", responses=answers(Projection))
 def project_layer(
     request: Request,
     endpoint: str,
@@ -53,7 +55,7 @@ def project_layer(
     )
 
 
-@router.get("/{endpoint}/layers/{layer}/experts/{expert}")
+@router.get("/{endpoint}/layers/{layer}/experts/{expert}", responses=answers(Expert))
 def show_expert(
     request: Request,
     endpoint: str,

@@ -18,6 +18,8 @@ from server.routes.prompts import encode_text
 from server.routes.streams import stop_when_left
 from server.routes.wire import StrictJsonRoute, json_response
 from server.routing_trace import trace_queries
+from server.schemas.answers import answers
+from server.schemas.key_answers import FoundExperts
 from server.schemas.keys import SearchBody
 from server.state import state_of
 
@@ -26,7 +28,7 @@ router = APIRouter(prefix="/v1/keys", route_class=StrictJsonRoute)
 MAX_RESULTS = 100_000  # tokens times k
 
 
-@router.post("/{endpoint}/layers/{layer}/search")
+@router.post("/{endpoint}/layers/{layer}/search", responses=answers(FoundExperts))
 async def search_layer(
     request: Request,
     endpoint: str,

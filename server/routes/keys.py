@@ -25,6 +25,8 @@ from server.refusals import NotFound
 from server.registry import Endpoint, Plasticity
 from server.routes.lookup import routing_keys_of, visible_scope
 from server.routes.wire import StrictJsonRoute, json_response
+from server.schemas.answers import answers
+from server.schemas.key_answers import KeySpaceDetail, KeySpaceList, LayerExperts, UsageMatrix, VersionList
 from server.state import state_of
 
 router = APIRouter(prefix="/v1/keys", route_class=StrictJsonRoute)
@@ -36,7 +38,7 @@ Offset = Annotated[int, Query(ge=0, le=1_000_000)]
 Limit = Annotated[int, Query(ge=1, le=1000)]
 
 
-@router.get("")
+@router.get("", responses=answers(KeySpaceList))
 def list_key_spaces(request: Request, scope: Scope = None, session_id: Session = None) -> Response:
     """Endpoints with routing keys, and where the scope's keys stand in each."""
     caller, served = caller_of(request), state_of(request).registry.endpoints.values()
@@ -48,7 +50,7 @@ def list_key_spaces(request: Request, scope: Scope = None, session_id: Session =
     return json_response({"object": "list", "data": data})
 
 
-@router.get("/{endpoint}")
+@router.get("/{endpoint}", responses=answers(KeySpaceDetail))
 def show_key_space(
     request: Request, endpoint: str, scope: Scope = None, session_id: Session = None, version: Version = None
 ) -> Response:
@@ -70,7 +72,7 @@ def show_key_space(
     )
 
 
-@router.get("/{endpoint}/layers/{layer}")
+@router.get("/{endpoint}/layers/{layer}", responses=answers(LayerExperts))
 def show_layer(
     request: Request,
     endpoint: str,
@@ -123,7 +125,7 @@ def show_layer(
     )
 
 
-@router.get("/{endpoint}/versions")
+@router.get("/{endpoint}/versions", responses=answers(VersionList))
 def list_versions(
     request: Request,
     endpoint: str,
@@ -153,7 +155,7 @@ def list_versions(
     )
 
 
-@router.get("/{endpoint}/usage")
+@router.get("/{endpoint}/usage", responses=answers(UsageMatrix, {"application/zip": "with `format=npz`"}))
 def show_usage(
     request: Request, endpoint: str, form: Annotated[Literal["json", "npz"], Query(alias="format")] = "json"
 ) -> Response:

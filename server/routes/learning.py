@@ -1,12 +1,29 @@
-"""What requests may teach: the budget of their API key, and what the metrics count of it."""
+"""What requests may teach: who says so, the budget of their API key, and what the metrics count of it."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 
 from server.exchange import Caller
-from server.generation import Generation, GenerationRequest
+from server.generation import Generation, GenerationRequest, PlasticityMode
 from server.metrics import Metrics
 from server.registry import Endpoint
+from server.schemas.generation import GenerationBody
+
+
+def wanted_mode(
+    body: GenerationBody, endpoint: Endpoint, caller: Caller, max_tokens: int
+) -> PlasticityMode | None:
+    """What a request says of its plasticity, or else its API key; None leaves it to the endpoint.
+
+    A prompt that is scored or replayed teaches nothing unless the request says so: measuring must not move what it
+    measures. Clients that score prompts ask for a token besides (lm-eval), so the log-probabilities of an echo count.
+    """
+    if endpoint.plasticity is None or body.plasticity is not None:
+        return body.plasticity
+    mode = caller.plasticity
+    scored = max_tokens == 0 or (body.report.echo and body.report.top_logprobs is not None)
+    fixed = scored or body.routed_experts is not None or body.key_version is not None
+    return "read" if fixed and (mode or endpoint.plasticity.default) == "learn" else mode
 
 
 def within_budget(

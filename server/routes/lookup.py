@@ -1,10 +1,22 @@
 """From names in a request to parts of the server, and who may see which scope."""
 
+from typing import Annotated
+
+from fastapi import Depends, Request
+
 from keystore.errors import InvalidConfig
 from keystore.records import ScopeId
 from server.exchange import Caller
 from server.refusals import Forbidden, InvalidRequest, NotFound
 from server.registry import Endpoint, Plasticity, Registry, UnknownEndpoint
+
+
+async def _pinned_endpoint(request: Request) -> str | None:
+    return request.path_params.get("endpoint")
+
+
+# The endpoint that the path names, None at the root. No query parameter: FastAPI would make one of a plain argument.
+PinnedEndpoint = Annotated[str | None, Depends(_pinned_endpoint)]
 
 
 def served_endpoint(registry: Registry, in_path: str | None, in_body: str | None) -> Endpoint:

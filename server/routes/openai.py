@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from model.grammar import Grammar
 from server.exchange import caller_of, exchange_of
 from server.feedback import past_answer
 from server.generation import GenerationRequest
@@ -15,11 +16,12 @@ from server.refusals import InvalidRequest
 from server.registry import Endpoint
 from server.routes.answers import Answer
 from server.routes.dialects import ChatDialect, CompletionDialect, Dialect, Frame, Tally, key_headers
-from server.routes.learning import count_learned, within_budget
-from server.routes.lookup import served_endpoint
+from server.routes.learning import count_learned, wanted_mode, within_budget
+from server.routes.lookup import PinnedEndpoint, served_endpoint
 from server.routes.prompts import check_logit_bias, check_token_ids, encode_messages, encode_prompt
 from server.routes.streams import DONE, EventStream, stop_when_left
 from server.routes.wire import StrictJsonRoute, json_response
+from server.schemas.answers import ChatAnswer, CompletionAnswer, Model, ModelList, answers
 from server.schemas.chat import ChatBody, as_template_input
 from server.schemas.completions import DEFAULT_MAX_TOKENS, CompletionBody
 from server.schemas.generation import GenerationBody
@@ -30,38 +32,45 @@ router = APIRouter(route_class=StrictJsonRoute)
 MOST_LOGPROBS = 500_000  # tokens times entries of each; about 100 bytes each until the answer is sent
 
 COMPLETION, CHAT = CompletionDialect(), ChatDialect()
+STREAMED = {"text/event-stream": "with `stream`: chunks after `data: `, then `data: [DONE]`"}
+COMPLETIONS, CHATS = answers(CompletionAnswer, STREAMED), answers(ChatAnswer, STREAMED)
 
 
-@router.get("/v1/models")
-@router.get("/{endpoint}/v1/models")
-async def list_models(request: Request, endpoint: str | None = None) -> Response:
+@router.get("/v1/models", responses=answers(ModelList))
+@router.get("/{endpoint}/v1/models", responses=answers(ModelList))
+async def list_models(request: Request, endpoint: PinnedEndpoint) -> Response:
     registry = state_of(request).registry
     served = registry.endpoints.values() if endpoint is None else [registry.get(endpoint)]
     return json_response({"object": "list", "data": [_described(each) for each in served]})
 
 
-@router.get("/v1/models/{model}")
-@router.get("/{endpoint}/v1/models/{model}")
-async def retrieve_model(request: Request, model: str, endpoint: str | None = None) -> Response:
+@router.get("/v1/models/{model}", responses=answers(Model))
+@router.get("/{endpoint}/v1/models/{model}", responses=answers(Model))
+async def retrieve_model(request: Request, model: str, endpoint: PinnedEndpoint) -> Response:
     return json_response(_described(served_endpoint(state_of(request).registry, endpoint, model)))
 
 
-@router.post("/v1/completions")
-@router.post("/{endpoint}/v1/completions")
-async def create_completion(request: Request, body: CompletionBody, endpoint: str | None = None) -> Response:
+@router.post("/v1/completions", responses=COMPLETIONS)
+@router.post("/{endpoint}/v1/completions", responses=COMPLETIONS)
+async def create_completion(request: Request, body: CompletionBody, endpoint: PinnedEndpoint) -> Response:
     target = served_endpoint(state_of(request).registry, endpoint, body.model)
     single = len(body.prompt) == 1
     prompts = [
-        await encode_prompt(target, prompt, "prompt" if single else f"prompt.{i}")
+        await encode_prompt(
+            target,
+            prompt,
+            "prompt" if single else f"prompt.{i}",
+            add_special_tokens=body.add_special_tokens,
+        )
         for i, prompt in enumerate(body.prompt)
     ]
     max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     return await _generate(request, COMPLETION, target, body, prompts, max_tokens)
 
 
-@router.post("/v1/chat/completions")
-@router.post("/{endpoint}/v1/chat/completions")
-async def create_chat_completion(request: Request, body: ChatBody, endpoint: str | None = None) -> Response:
+@router.post("/v1/chat/completions", responses=CHATS)
+@router.post("/{endpoint}/v1/chat/completions", responses=CHATS)
+async def create_chat_completion(request: Request, body: ChatBody, endpoint: PinnedEndpoint) -> Response:
     target = served_endpoint(state_of(request).registry, endpoint, body.model)
     prompt = await encode_messages(target, as_template_input(body.messages))
     max_tokens = body.max_new_tokens(target.max_model_len - len(prompt))
@@ -79,7 +88,8 @@ async def _generate(
     """Start every choice of every prompt, then answer whole or piece by piece."""
     _check_extent(endpoint, body, prompts, max_tokens)
     state, caller = state_of(request), caller_of(request)
-    requests = list(_requests(request, endpoint, body, prompts, max_tokens))
+    grammar = await _grammar_of(request, endpoint, body)
+    requests = list(_requests(request, endpoint, body, prompts, max_tokens, grammar))
     generations = endpoint.start_all(within_budget(requests, endpoint, caller, state.metrics))
     count_learned(generations, endpoint, caller, state.metrics)
     tally = Tally(sum(map(len, prompts)), len(generations))
@@ -115,23 +125,27 @@ async def _generate(
     return json_response(whole, headers)
 
 
+async def _grammar_of(request: Request, endpoint: Endpoint, body: GenerationBody) -> Grammar | None:
+    """What the answer must be. Raises InvalidRequest, TooManyCompilations."""
+    schema = body.schema_of_answer
+    if schema is None:
+        return None
+    grammars, tenant = state_of(request).grammars, caller_of(request).tenant
+    return await grammars.get(endpoint.tokenizer, endpoint.eos_token_id, tenant, schema)
+
+
 def _requests(
     request: Request,
     endpoint: Endpoint,
     body: GenerationBody,
     prompts: Sequence[tuple[int, ...]],
     max_tokens: int,
+    grammar: Grammar | None,
 ) -> Iterator[GenerationRequest]:
-    """One request for each choice. A prompt teaches once, however many choices it has.
-
-    A prompt that is only scored or replayed teaches nothing unless the request says so: measuring must not move what
-    it measures.
-    """
+    """One request for each choice. A prompt teaches once, however many choices it has."""
     request_id, tenant = exchange_of(request).request_id, caller_of(request).tenant
     default = endpoint.plasticity.default if endpoint.plasticity is not None else "off"
-    mode = body.plasticity
-    if mode is None and default == "learn" and (max_tokens == 0 or body.routed_experts is not None):
-        mode = "read"
+    mode = wanted_mode(body, endpoint, caller_of(request), max_tokens)
     for p, prompt in enumerate(prompts):
         for choice in range(body.n):
             first = GenerationRequest(
@@ -147,6 +161,7 @@ def _requests(
                 routed_experts=body.routed_experts,
                 value_offsets=body.value_offsets,
                 within_request=body.within_request,
+                grammar=grammar,
                 report=body.report,
             )
             repeats = choice > 0 and (mode or default) == "learn"

@@ -13,17 +13,20 @@ from server.schemas.completions import Prompt
 PIECE_CHARS = 16_384
 
 
-async def encode_prompt(endpoint: Endpoint, prompt: Prompt, param: str) -> tuple[int, ...]:
+async def encode_prompt(
+    endpoint: Endpoint, prompt: Prompt, param: str, *, add_special_tokens: bool
+) -> tuple[int, ...]:
     """Token ids of a prompt, or the given ones checked. Raises InvalidRequest, ContextLengthExceeded."""
     if isinstance(prompt, str):
-        return await encode_text(endpoint, prompt)
+        return await encode_text(endpoint, prompt, add_special_tokens=add_special_tokens)
     check_token_ids(prompt, endpoint.tokenizer.vocab_size, param)
     return prompt
 
 
-async def encode_text(endpoint: Endpoint, text: str) -> tuple[int, ...]:
+async def encode_text(endpoint: Endpoint, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
     """Token ids of a text. Raises ContextLengthExceeded when it is hopelessly long."""
-    return await run_in_threadpool(_encode_text, endpoint.tokenizer, text, endpoint.max_model_len)
+    tokenizer, limit = endpoint.tokenizer, endpoint.max_model_len
+    return await run_in_threadpool(_encode_text, tokenizer, text, limit, add_special_tokens)
 
 
 async def encode_messages(endpoint: Endpoint, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
@@ -50,9 +53,11 @@ def check_logit_bias(logit_bias: Mapping[int, float], vocab_size: int) -> None:
             )
 
 
-def _encode_text(tokenizer: TextTokenizer, text: str, max_model_len: int) -> tuple[int, ...]:
+def _encode_text(
+    tokenizer: TextTokenizer, text: str, max_model_len: int, add_special_tokens: bool
+) -> tuple[int, ...]:
     _refuse_hopeless(tokenizer, [text], max_model_len)
-    return tuple(tokenizer.encode(text))
+    return tuple(tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
 
 def _encode_chat(

@@ -3,7 +3,17 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from keystore.errors import InvalidConfig
 from keystore.records import ScopeId
@@ -22,7 +32,9 @@ def _session_name(name: str) -> str:
 
 
 Name = Annotated[str, Field(min_length=1, max_length=256)]
-SessionId = Annotated[str, AfterValidator(_session_name)]
+SessionId = Annotated[
+    str, AfterValidator(_session_name), WithJsonSchema({"type": "string", "minLength": 1, "maxLength": 128})
+]
 ScopeName = Annotated[str, Field(min_length=1, max_length=300)]
 KeyVersion = Annotated[int, Field(ge=0, le=MAX_VERSION)]
 
@@ -33,6 +45,24 @@ class Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
 
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}  # Any: JSON values
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """With null for every field that may be left out, and the neutral fields."""
+        described = handler(core_schema)
+        resolved = handler.resolve_ref_schema(described)
+        fields: dict[str, Any] = resolved.setdefault("properties", {})
+        for name, field in fields.items():
+            if name not in resolved.get("required", ()) and {"type": "null"} not in field.get("anyOf", ()):
+                kept = {
+                    each: field.pop(each) for each in ("title", "description", "default") if each in field
+                }
+                fields[name] = {"anyOf": [field, {"type": "null"}]} | kept
+        for name, allowed in cls.neutral.items():
+            fields[name] = {"enum": [*allowed, None], "description": "Not offered: leave it out."}
+        return described
 
     @model_validator(mode="before")
     @classmethod

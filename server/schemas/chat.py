@@ -29,7 +29,7 @@ class Message(Body):
 
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = neutral.MESSAGE  # Any: JSON values
 
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
         list[TextPart],
         Field(max_length=MAX_MESSAGES, fail_fast=True),
@@ -45,8 +45,11 @@ Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES,
 
 
 def as_template_input(messages: list[Message]) -> list[dict[str, str]]:
-    """Messages as a chat template reads them."""
-    return [{"role": message.role, "content": message.text} for message in messages]
+    """Messages as a chat template reads them, which knows no developers."""
+    return [
+        {"role": "system" if message.role == "developer" else message.role, "content": message.text}
+        for message in messages
+    ]
 
 
 class ChatBody(GenerationBody):

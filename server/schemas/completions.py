@@ -1,19 +1,24 @@
 """POST /v1/completions."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import Field, PlainValidator, model_validator
 
 from server.engine.sequence import Report
 from server.refusals import InvalidRequest, InvalidType
 from server.schemas import neutral
-from server.schemas.generation import MOST_TOKENS, GenerationBody, TopLogprobs
+from server.schemas.generation import MOST_TOKENS, GenerationBody, TokenId, TopLogprobs
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 MAX_PROMPTS = 64
 
 Prompt = str | tuple[int, ...]
+Text = Annotated[str, Field(min_length=1)]
+Tokens = Annotated[list[TokenId], Field(min_length=1)]
+OnePrompt = Text | Tokens
+T = TypeVar("T")
+Several = Annotated[list[T], Field(min_length=1, max_length=MAX_PROMPTS)]
 FORMS = "a string, a list of strings, a list of token ids or a list of lists of token ids"
 
 
@@ -63,11 +68,12 @@ class CompletionBody(GenerationBody):
 
     prompt: Annotated[
         tuple[Prompt, ...],
-        PlainValidator(_read_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
+        PlainValidator(_read_prompts, json_schema_input_type=OnePrompt | Several[Text] | Several[Tokens]),
     ]
     max_tokens: Annotated[int, Field(ge=0, le=MOST_TOKENS)] | None = None  # 0, with echo: score the prompt
     logprobs: TopLogprobs | None = None
     echo: bool = False
+    add_special_tokens: bool = True  # those that the tokenizer puts around a text, if it does
 
     @model_validator(mode="after")
     def _some_text(self) -> "CompletionBody":

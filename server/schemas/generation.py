@@ -13,6 +13,7 @@ from server.refusals import InvalidRequest
 from server.schemas import neutral
 from server.schemas.base import Body, KeyVersion, Name, SessionId
 from server.schemas.logit_bias import LogitBias
+from server.schemas.response_format import ResponseFormat
 from server.schemas.routed_experts import RoutedExperts
 
 MAX_CHOICES = 8
@@ -28,11 +29,9 @@ def _listed(value: Any) -> Any:  # Any: JSON
     return [value] if isinstance(value, str) else value
 
 
-StopStrings = Annotated[
-    list[Annotated[str, Field(min_length=1, max_length=1024)]],
-    Field(max_length=MAX_STOP_STRINGS),
-    BeforeValidator(_listed, json_schema_input_type=str | list[str]),
-]
+StopString = Annotated[str, Field(min_length=1, max_length=1024)]
+FewStrings = Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)]
+StopStrings = Annotated[FewStrings, BeforeValidator(_listed, json_schema_input_type=StopString | FewStrings)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 TopLogprobs = Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)]
@@ -69,6 +68,7 @@ class GenerationBody(Body):
     logit_bias: LogitBias = Field(default_factory=dict[int, float])
     min_tokens: Annotated[int, Field(ge=0, le=MOST_TOKENS)] = 0
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
+    response_format: ResponseFormat | None = None
     user: Annotated[str, Field(max_length=1024)] | None = (
         None  # accepted for OpenAI's sake; says nothing here
     )
@@ -86,6 +86,21 @@ class GenerationBody(Body):
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("'stream_options' is only allowed with 'stream': true", "stream_options")
         return self
+
+    @model_validator(mode="after")
+    def _a_format_ends_the_answer(self) -> "GenerationBody":
+        for name, given in (("ignore_eos", self.ignore_eos), ("min_tokens", self.min_tokens)):
+            if given and self.schema_of_answer is not None:
+                raise InvalidRequest(
+                    f"{name!r} would go on where 'response_format' ends the answer; allowed: one of them",
+                    name,
+                )
+        return self
+
+    @property
+    def schema_of_answer(self) -> dict[str, Any] | None:  # Any: JSON
+        """The JSON schema that the answer must fit; None: it is free."""
+        return None if self.response_format is None else self.response_format.schema_of_answer
 
     @property
     def wants_usage_chunk(self) -> bool:

@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Any
 
-from pydantic import PlainValidator
+from pydantic import Field, PlainValidator
 
 from server.refusals import InvalidRequest, InvalidType
 
@@ -37,4 +37,9 @@ def _bias(bias: Any) -> float:  # Any: JSON
     return float(bias)
 
 
-LogitBias = Annotated[dict[int, float], PlainValidator(_read, json_schema_input_type=dict[str, float])]
+Named = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$")]
+Bias = Annotated[float, Field(ge=-STRONGEST_BIAS, le=STRONGEST_BIAS)]
+Biases = Annotated[
+    dict[Named, Bias], Field(max_length=MOST_BIASES, json_schema_extra={"additionalProperties": False})
+]
+LogitBias = Annotated[dict[int, float], PlainValidator(_read, json_schema_input_type=Biases)]

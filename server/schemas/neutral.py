@@ -19,20 +19,26 @@ SAMPLING: Neutral = {
     "spaces_between_special_tokens": (True,),
     "return_tokens_as_token_ids": (False,),
     "return_token_ids": (False,),
-    "add_special_tokens": (True, False),  # this tokenizer adds none
     "structured_outputs": (),
     "guided_json": (),
     "guided_regex": (),
     "guided_choice": ([],),
     "guided_grammar": (),
-    "response_format": ({"type": "text"},),
+    "guided_decoding_backend": (),
+    "guided_whitespace_pattern": (),
+    "logits_processors": ([],),
+    "cache_salt": (),
+    "kv_transfer_params": ({},),
+    "vllm_xargs": ({},),
     "priority": (0,),
 }
 COMPLETION: Neutral = SAMPLING | {
     "suffix": ("",),
     "best_of": (1,),
+    "prompt_embeds": (),
 }
 CHAT: Neutral = SAMPLING | {
+    "add_special_tokens": (False,),  # they are the template's
     "echo": (False,),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -48,6 +54,11 @@ CHAT: Neutral = SAMPLING | {
     "reasoning_effort": ("none",),
     "verbosity": ("medium",),
     "web_search_options": (),
+    "prompt_cache_key": (),
+    "prompt_cache_retention": (),
+    "safety_identifier": (),
+    "include_reasoning": (True,),
+    "mm_processor_kwargs": ({},),
     "chat_template": (),
     "chat_template_kwargs": ({},),
     "add_generation_prompt": (True,),
@@ -55,6 +66,13 @@ CHAT: Neutral = SAMPLING | {
     "documents": ([],),
 }
 STREAM_OPTIONS: Neutral = {"include_obfuscation": (False,)}
+TOKENIZE: Neutral = {
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "tools": ([],),
+}
 MESSAGE: Neutral = {
     "name": (),
     "tool_calls": ([],),

@@ -1,10 +1,12 @@
 """POST /tokenize and /detokenize."""
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, model_validator
 
 from server.refusals import InvalidRequest
+from server.schemas import neutral
 from server.schemas.base import Body, Name
 from server.schemas.chat import Messages
 from server.schemas.generation import TokenId
@@ -13,10 +15,12 @@ from server.schemas.generation import TokenId
 class TokenizeBody(Body):
     """A text, or a conversation as the model would see it."""
 
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = neutral.TOKENIZE  # Any: JSON values
+
     model: Name | None = None  # None: the first endpoint
     prompt: str | None = None
     messages: Messages | None = None
-    add_special_tokens: bool = True  # this tokenizer adds none to a text
+    add_special_tokens: bool = True  # to a prompt; in a conversation they are the template's
     return_token_strs: bool = False
 
     @model_validator(mode="after")

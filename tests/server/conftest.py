@@ -3,11 +3,13 @@
 import asyncio
 import json
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import httpx
@@ -15,14 +17,13 @@ import pytest
 import torch
 import uvicorn
 from fastapi import FastAPI
-from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
+from pydantic import TypeAdapter
 
 from keystore.backends.embedded import EmbeddedBackend
 from keystore.canary import Guard, GuardConfig
 from keystore.records import GravityConfig
 from keystore.store import KeyStore
-from model.tokenizer import TextTokenizer, TokenizerSpec
+from model.tokenizer import TextTokenizer
 from server.added_experts import AddedExperts
 from server.app import create_app
 from server.build import Parts
@@ -39,27 +40,47 @@ from server.logs import JsonLines
 from server.metrics import Metrics
 from server.plasticity import Teacher
 from server.registry import Endpoint, Plasticity, Registry
+from server.schemas import answers, key_answers
 from server.state import ServerState
 from server.value_offsets import OffsetLimits, ValueOffsets
 
-SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>"]
 CONTEXT = 4096
 FROZEN = ("moe", "mom", "fm-moe")  # variants without routing keys
-CHAT_TEMPLATE = (
-    "{% for m in messages %}{% if m.role == 'assistant' and loop.first %}{{ raise_exception('user first') }}"
-    "{% endif %}<|user|>{{ m.content }}<|end|>{% endfor %}<|assistant|>"
-)
 
 
-def byte_tokenizer() -> TextTokenizer:
-    """One token for each byte, and three special ones."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
-    ids = [256 + i for i in range(len(SPECIAL))]
-    return TextTokenizer(TokenizerSpec(backend.to_str(), ids, CHAT_TEMPLATE, SPECIAL[1], SPECIAL[0]))
+def check_described(app: FastAPI, response: httpx.Response) -> None:
+    """Fails for a status, a header, a media type or a body that the API's description of the route lacks."""
+    operation = _operation(app, response.request.method, response.request.url.path)
+    if operation is None:
+        if response.request.url.path == app.openapi_url:
+            return
+        assert response.status_code in (401, 403, 404, 405, 413, 429), response.status_code
+        return
+    assert str(response.status_code) in operation["responses"], f"{response.status_code} is not described"
+    described = operation["responses"][str(response.status_code)]
+    media_type = response.headers["content-type"].partition(";")[0]
+    schema = described["content"][media_type]["schema"]
+    for name, header in described["headers"].items():
+        assert re.search(header["schema"].get("pattern", ""), response.headers[name]), (
+            name,
+            response.headers,
+        )
+    if response.status_code == 200 and media_type == "application/json":
+        answer_type(schema["$ref"].rpartition("/")[2]).validate_json(response.content, strict=True)
+
+
+@cache
+def answer_type(name: str) -> TypeAdapter:
+    return TypeAdapter(vars(answers).get(name) or vars(key_answers)[name])
+
+
+def _operation(app: FastAPI, method: str, path: str) -> dict | None:
+    paths = app.openapi()["paths"]
+    for template in sorted(paths, key=lambda each: each.count("{")):
+        pattern = re.sub(r"\\\{\w+\\\}", "[^/]+", re.escape(template))
+        if re.fullmatch(pattern, path) and method.lower() in paths[template]:
+            return paths[template][method.lower()]
+    return None
 
 
 @dataclass
@@ -97,7 +118,9 @@ class Served:
             async with self.client() as client:
                 return await client.request(method, path, **options)
 
-        return asyncio.run(send())
+        response = asyncio.run(send())
+        check_described(self.app, response)
+        return response
 
     def post(self, path: str, body: object = None, **options) -> httpx.Response:
         return self.request("POST", path, **({"json": body} if body is not None else {}), **options)
@@ -118,11 +141,6 @@ def wait_until(condition: Callable[[], object], timeout_s: float = 30.0) -> floa
 @pytest.fixture(name="wait_until", scope="session")
 def wait_until_fixture() -> Callable[..., float]:
     return wait_until
-
-
-@pytest.fixture(scope="session")
-def tokenizer() -> TextTokenizer:
-    return byte_tokenizer()
 
 
 @pytest.fixture(scope="session")
@@ -178,7 +196,7 @@ def serve(make_tiny, tokenizer, canary) -> Callable[..., contextmanager]:
         experts.put_back()
         offsets = value_offsets and ValueOffsets(tiny.model, value_offsets)
         if offsets is not None:
-            store.subscribe_replaced(offsets.drop)
+            store.news.replaced.add(offsets.drop)
         dense = Endpoint("dense", "dense", 1, tokenizer, runner, CONTEXT, 256, None, None)
         some = replace(
             dense,

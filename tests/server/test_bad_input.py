@@ -212,7 +212,7 @@ def test_a_completion_field_out_of_range_is_named(served, fields, param, code):
         ({"prompt": "x"}, "prompt", "unsupported_parameter"),
         ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter"),
         ({"tool_choice": "required"}, "tool_choice", "unsupported_parameter"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
+        ({"response_format": {"type": "xml"}}, "response_format.type", "invalid_value"),
         ({"functions": [{}]}, "functions", "unsupported_parameter"),
         ({"logprobs": 1}, "logprobs", "invalid_type"),
         ({"top_logprobs": 3}, "top_logprobs", "invalid_value"),
@@ -346,7 +346,9 @@ def test_a_hopelessly_long_prompt_is_refused_without_encoding_all_of_it(served, 
     encoded = []
     backend = type(tokenizer).encode
     monkeypatch.setattr(
-        type(tokenizer), "encode", lambda self, text: encoded.append(len(text)) or backend(self, text)
+        type(tokenizer),
+        "encode",
+        lambda self, text, **options: encoded.append(len(text)) or backend(self, text),
     )
     error = refused(served.post("/v1/completions", COMPLETION | {"prompt": "x" * 1_500_000}))
     assert error["code"] == "context_length_exceeded"
@@ -365,7 +367,7 @@ def test_a_body_over_the_limit_is_413(served):
 
 
 def test_an_unexpected_failure_is_a_constant_text_with_the_request_id(served, monkeypatch, log_lines):
-    def explode(self, text):
+    def explode(self, text, **options):
         raise RuntimeError("canary secret")
 
     monkeypatch.setattr(type(served.state.registry.get("some").tokenizer), "encode", explode)

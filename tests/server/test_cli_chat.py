@@ -3,6 +3,7 @@
 import pytest
 from click.testing import CliRunner
 
+from server import cli_chat
 from server.cli import main
 
 
@@ -37,6 +38,24 @@ def test_the_conversation_goes_on_with_what_was_said(talk, served, monkeypatch):
     assert talk("--plasticity", "off", said=["one", "two", ""]).exit_code == 0
     first, second = seen
     assert second > first + len("two")
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_conversation(talk, served, monkeypatch, wait_until):
+    shown, stopped = cli_chat._show, []
+
+    def interrupted(chunks):
+        if stopped:
+            return shown(chunks)
+        next(chunks)
+        stopped.append(chunks)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli_chat, "_show", interrupted)
+    result = talk("--max-tokens", "2000", said=["one"])
+    assert (result.exit_code, "the conversation goes on without it" in result.stderr) == (0, True)
+    wait_until(lambda: served.idle)
+    result = talk(said=["two", ""])
+    assert (result.exit_code, "keys tenant:default" in result.stderr) == (0, True)
 
 
 @pytest.mark.parametrize("model", ["dense", "moe", "mom", "fm-moe"])

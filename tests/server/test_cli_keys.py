@@ -15,8 +15,9 @@ from keystore.backends.embedded import EmbeddedBackend
 from keystore.records import ScopeId
 from keystore.statistics import RoutingStats, TokenCredit, TokenTrace
 from model.checkpoints.blocks import save_blocks
-from server.build import open_key_store, read_variant
+from server.build import plastic_layers_of, read_variant
 from server.cli import main
+from server.key_stores import open_key_store
 from server.offline_keys import file_of
 from server.settings import load_settings
 
@@ -59,7 +60,8 @@ def open_store(tmp_path):
     def opened():
         settings = load_settings(None, data_dir=tmp_path)
         folder = read_variant(settings.endpoints["some"])
-        return open_key_store("some", settings, folder, EmbeddedBackend(file_of(settings, "some")))
+        layers = plastic_layers_of(settings.endpoints["some"], folder.config)
+        return open_key_store("some", settings, folder, layers, EmbeddedBackend(file_of(settings, "some")))
 
     return opened
 

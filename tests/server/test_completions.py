@@ -2,7 +2,7 @@
 
 import pytest
 
-from server.schemas.chat import ChatBody
+from server.schemas.chat import ChatBody, Message, as_template_input
 from server.schemas.completions import CompletionBody
 
 PROMPT = "The quick brown fox"
@@ -247,3 +247,24 @@ def test_a_client_that_renders_conversations_itself_finds_the_template(served, t
     assert served.post(f"{path}/detokenize", {"tokens": tokenizer.encode("hi")}).json() == {"prompt": "hi"}
     assert served.get("/nobody/tokenizer_info").status_code == 404
     assert served.get("/tokenizer_info", params={"model": "nobody"}).status_code == 404
+
+
+def test_what_the_tokenizer_puts_around_a_text_can_be_left_out(served, monkeypatch):
+    tokenizer = type(served.state.registry.get("some").tokenizer)
+    plain = tokenizer.encode
+
+    def with_beginning(self, text, *, add_special_tokens=False):
+        return [257, *plain(self, text)] if add_special_tokens else plain(self, text)
+
+    monkeypatch.setattr(tokenizer, "encode", with_beginning)
+    for fields, tokens in (({}, 3), ({"add_special_tokens": True}, 3), ({"add_special_tokens": False}, 2)):
+        assert served.post("/tokenize", {"prompt": "ab"} | fields).json()["count"] == tokens
+        body = {"model": "some", "prompt": "ab", "max_tokens": 1} | fields
+        assert served.post("/v1/completions", body).json()["usage"]["prompt_tokens"] == tokens
+
+
+def test_developers_speak_as_the_system(served):
+    said = [Message(role=role, content="Be brief.") for role in ("developer", "system", "user")]
+    assert [each["role"] for each in as_template_input(said)] == ["system", "system", "user"]
+    developer = {"role": "developer", "content": "Be brief."}
+    assert served.post("/tokenize", {"messages": [developer]}).status_code == 200

@@ -289,7 +289,7 @@ def test_when_the_key_store_cannot_take_a_group_nothing_stays(served, tmp_path, 
     def full(*arguments):
         raise OSError("disk full")
 
-    monkeypatch.setattr(served.store, "add_experts", full)
+    monkeypatch.setattr(served.store.experts, "add", full)
     assert add(served).status_code == 500
     assert block.experts.num_experts == 8
     assert usage.of_layer(2).shape == (2, 8)

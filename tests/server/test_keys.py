@@ -367,7 +367,7 @@ def test_a_listener_that_leaves_is_forgotten(served, listening, wait_until):
     with listening(served.app) as url:
         asyncio.run(come_and_go(url))
         assert wait_until(lambda: not served.app.state.listeners) < 1.5
-        assert not served.store._subscribers
+        assert not len(served.store.news.published)
 
 
 def test_listeners_are_let_go_when_the_server_drains(served, listening):

@@ -4,7 +4,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.auth import ApiKey, ApiKeys
-from server.learning_budget import LearningBudget
+from server.budgets import Budget
 
 LEARN = {"model": "some", "prompt": "x" * 61, "max_tokens": 8, "ignore_eos": True}
 
@@ -19,7 +19,7 @@ class Clock:
 
 def test_a_bucket_is_full_at_first_and_fills_evenly_over_the_hour():
     clock = Clock()
-    budget = LearningBudget(3600, clock)
+    budget = Budget(3600, 3600, clock)
     assert budget.allows(3600)
     budget.spend(3600)
     assert not budget.allows(1)
@@ -34,7 +34,7 @@ def test_a_bucket_is_full_at_first_and_fills_evenly_over_the_hour():
 
 def test_what_is_larger_than_the_bucket_waits_for_a_full_one_and_leaves_a_debt():
     clock = Clock()
-    budget = LearningBudget(100, clock)
+    budget = Budget(100, 3600, clock)
     budget.spend(1)
     assert not budget.allows(250)
     clock.now_s = budget.wait_s(250)

@@ -353,3 +353,4 @@ def test_a_prompt_that_is_only_scored_teaches_when_asked_to_and_not_otherwise(se
     assert (scored["plasticity"], scored["learned_tokens"]) == ("read", 0)
     assert told(max_tokens=0, plasticity="learn")["learned_tokens"] > 0
     assert told(max_tokens=1)["plasticity"] == "learn"
+    assert told(max_tokens=1, logprobs=1)["plasticity"] == "read", "as lm-eval scores prompts"

@@ -111,7 +111,7 @@ def test_indexes_of_large_layers_are_shown_when_there_are_any(used, monkeypatch)
 
 
 def test_expert_detail_is_left_out_above_the_limit(used, monkeypatch):
-    monkeypatch.setattr("server.metrics.EXPERT_DETAIL_LIMIT", 15)  # two layers of 8 experts are 16
+    monkeypatch.setattr("server.metrics_experts.EXPERT_DETAIL_LIMIT", 15)  # two layers of 8 experts are 16
     found = samples(used)
     detailed = {dict(labels)["model"] for name, labels in found if name == "expert_tokens_total"}
     assert detailed == {"mom", "fm-moe"}

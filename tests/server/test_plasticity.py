@@ -2,6 +2,7 @@
 
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ class Recorder:
 
     def __init__(self, store):
         self._store = store
+        self.news, self.experts = store.news, store.experts
         self.windows = []
         self.dropped = []
 
@@ -38,15 +40,6 @@ class Recorder:
     def submit(self, stats, done=None):
         self.windows.append(stats)
         return True
-
-    def subscribe_deleted(self, callback):
-        self._store.subscribe_deleted(callback)
-
-    def subscribe_replaced(self, callback):
-        self._store.subscribe_replaced(callback)
-
-    def settling_ids(self, scope):
-        return {}
 
     def count_dropped(self, reason):
         self.dropped.append(reason)
@@ -208,7 +201,7 @@ def test_one_tenants_many_scopes_close_no_window_of_another(tiny, store, monkeyp
 def test_a_tenants_added_experts_scale_nobodys_credit_after_a_restart(tiny, tmp_path, store):
     group = {2: np.full((16, 16), 100.0, np.float32)}
     first, _ = windows_of(tiny, store, [40])
-    store.add_experts("loud", ScopeId("tenant", "other"), group, "digest")
+    store.experts.add("loud", ScopeId("tenant", "other"), group, "digest")
     then, _ = windows_of(tiny, store, [40])
     np.testing.assert_array_equal(
         then.windows[0].layers[2].weighted_queries[:8], first.windows[0].layers[2].weighted_queries
@@ -308,7 +301,7 @@ def test_a_deleted_session_takes_its_open_window_along(tiny, store):
         teacher.take(TENANT, lesson)
     store.consolidate_once()
     assert store.view(session).tokens == 48
-    assert store.expire_sessions(now=1e18) == [session]
+    assert store.learning.expire_sessions(now=1e18) == [session]
     teacher.flush()
     assert [each.scope for each in store.consolidate_once()] == [TENANT]
 
@@ -332,7 +325,8 @@ def test_experts_that_begin_to_settle_within_a_window_have_no_utility_before(tin
 @pytest.mark.parametrize("rule", ["direct", "gradient"])
 def test_settling_experts_are_told_their_utility_and_nobody_is_pulled(tiny, store, rule):
     recorder = Recorder(store)
-    recorder.settling_ids = lambda scope: {1: np.array([3, 5]), 2: np.array([0])}
+    settling = {1: np.array([3, 5]), 2: np.array([0])}
+    recorder.experts = SimpleNamespace(settling_ids=lambda scope: settling)
     law = GravityConfig(window_tokens=32, rule=rule)
     teacher = Teacher(tiny.model, recorder, law, tiny.blocks, frozenset({1, 2}))
     for lesson in lessons(tiny, [80]):

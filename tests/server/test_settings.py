@@ -1,5 +1,7 @@
 """Where a value comes from, and what is refused."""
 
+import json
+
 import pytest
 from click.testing import CliRunner
 from pydantic import ValidationError
@@ -41,6 +43,26 @@ def test_the_command_line_beats_the_environment_beats_the_file_beats_the_default
         ("[endpoints.a]\nvariant = 'some'\nvalue_offsets = {bound = 1.5}", "endpoints.a.value_offsets.bound"),
         ("[endpoints.a]\nvariant = 'some'\nlearn_scope = 'everybody'", "endpoints.a.learn_scope"),
         ("[key_store]\nsession_eviction = 'forget'", "key_store.session_eviction"),
+        ("[key_store]\nbackend = 'redis'", "needs url"),
+        ("[key_store]\nurl = 'redis://localhost'", "only with backend = 'redis'"),
+        ("[key_store]\nbackend = 'redis'\nurl = 'http://localhost'", "key_store.url"),
+        ("[key_store]\nbackend = 'redis'\nurl = 'redis://:word@localhost'", "key_store.url"),
+        ("[key_store]\nbackend = 'redis'\nurl = 'redis://a'\ntls_ca_file = 'x'", "only with a rediss:// url"),
+        (
+            "[key_store]\nbackend = 'redis'\nurl = 'redis://a'\npassword = 'x'\npassword_file = 'y'",
+            "either 'password' or",
+        ),
+        (
+            "[key_store]\nbackend = 'redis'\nurl = 'redis://a'\nsession_eviction = 'discard'",
+            "sessions expire",
+        ),
+        ("[key_store]\nbackend = 'redis'\nurl = 'redis://a'\nshards = 0", "key_store.shards"),
+        (
+            "[key_store]\nbackend = 'redis'\nurl = 'redis://a'\n[endpoints.a]\nvariant = 'some'\n"
+            "learn_scope = 'global'",
+            "endpoints a",
+        ),
+        ("[worker]\nlease_s = 0", "worker.lease_s"),
         ("[feedback]\nkeep_s = 0", "feedback.keep_s"),
         ("[feedback]\nkeep_answers = 0", "feedback.keep_answers"),
         ("[[server.api_keys]]\nkey = 'x'\nlearned_tokens_per_hour = 0", "learned_tokens_per_hour"),
@@ -66,6 +88,34 @@ def test_a_missing_or_broken_file_is_an_error_not_a_default(tmp_path):
     assert broken.exit_code == 1
 
 
+def test_machines_are_told_every_fault_with_its_place(tmp_path):
+    runner = CliRunner()
+    path = write(tmp_path, "prot = 1\n[server]\nport = 70000\n")
+    checked = runner.invoke(main, ["config", "check", "--json", "--config", str(path)])
+    told = json.loads(checked.stdout)
+    assert (checked.exit_code, told["valid"]) == (1, False)
+    assert {fault["where"] for fault in told["faults"]} == {"prot", "server.port"}
+    missing = runner.invoke(main, ["config", "check", "--json", "--config", str(tmp_path / "no.toml")])
+    assert (missing.exit_code, json.loads(missing.stdout)["faults"][0]["where"]) == (1, "file")
+    valid = runner.invoke(main, ["config", "check", "--json"])
+    assert (valid.exit_code, json.loads(valid.stdout)) == (0, {"valid": True, "faults": []})
+
+
+def test_files_that_are_named_and_not_there_are_faults_of_the_configuration(tmp_path):
+    path = write(
+        tmp_path,
+        "[[server.api_keys]]\nkey = 'x'\n[[server.api_keys]]\nkey_file = '/no/key'\n"
+        "[endpoints.a]\nvariant = 'some'\nweights = '/no/weights'\n",
+    )
+    load_settings(path)
+    checked = CliRunner().invoke(main, ["config", "check", "--config", str(path)])
+    assert checked.exit_code == 1
+    assert "server.api_keys.1.key_file: there is no /no/key" in checked.output
+    assert "endpoints.a.weights: there is no /no/weights" in checked.output
+    path.write_text(f"data_dir = '{tmp_path / 'not-made-yet'}'\nexperts_dir = '{tmp_path / 'nor-this'}'\n")
+    assert CliRunner().invoke(main, ["config", "check", "--config", str(path)]).exit_code == 0
+
+
 def test_secrets_are_not_shown(tmp_path):
     path = write(tmp_path, "[[server.api_keys]]\nkey = 'sk-very-secret'\ntenant = 'acme'\n")
     result = CliRunner().invoke(main, ["config", "show", "--config", str(path)])
@@ -78,3 +128,17 @@ def test_listening_off_loopback_without_api_keys_is_refused():
     result = CliRunner().invoke(main, ["serve", "--host", "0.0.0.0"])
     assert result.exit_code == 1
     assert "without API keys" in result.output
+
+
+def test_secrets_of_redis_come_from_files_and_are_not_shown(tmp_path, monkeypatch):
+    (tmp_path / "word").write_text("very-secret\n")
+    monkeypatch.setenv("LIBRATION_KEY_STORE__PASSWORD_FILE", str(tmp_path / "word"))
+    path = write(
+        tmp_path,
+        "[key_store]\nbackend = 'redis'\nurl = 'rediss://host:6379/0'\nhmac_secret = 'very-secret-too'\n",
+    )
+    settings = load_settings(path).key_store
+    assert (settings.redis_password(), settings.hmac_key()) == ("very-secret", b"very-secret-too")
+    result = CliRunner().invoke(main, ["config", "show", "--config", str(path)])
+    assert result.exit_code == 0
+    assert "very-secret" not in result.output

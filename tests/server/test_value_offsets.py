@@ -8,7 +8,7 @@ import torch
 
 from keystore.records import GravityConfig, ScopeId
 from model.blocks.base import RoutingTrace
-from model.value_offsets import updated
+from model.value_offsets import directions, head_metric, updated
 from server.crediting import Crediting
 from server.engine.sequence import Lesson
 from server.value_offsets import OffsetLimits, ValueOffsets
@@ -68,18 +68,19 @@ def test_every_full_window_moves_the_offsets_by_the_formula(tiny, held):
         expected = torch.zeros(8, 32)
         for rows in (slice(0, 32), slice(32, 64)):
             norms = trace.output_norms[rows]
-            arguments = (trace.expert_ids[rows], trace.gates[rows], session_gradient(tiny, lesson)[rows])
+            arguments = (trace.expert_ids[rows], trace.gates[rows], session_directions(tiny, lesson)[rows])
             expected = updated(expected, *arguments, norms, LIMITS.rate, LIMITS.bound)
         torch.testing.assert_close(session.offsets.by_layer[layer], expected)
 
 
-def session_gradient(tiny, lesson):
+def session_directions(tiny, lesson):
     final = lesson.hidden.clone().requires_grad_()
     rows = torch.nn.functional.rms_norm(final, (32,), tiny.model.final_norm, 1e-5)
     torch.nn.functional.cross_entropy(
         rows @ tiny.model.embedding.T, lesson.targets, reduction="sum"
     ).backward()
-    return final.grad
+    metric = head_metric(tiny.model.final_norm, tiny.model.head)
+    return directions(final.grad, final.detach(), metric)
 
 
 def test_windows_do_not_depend_on_how_the_prompt_was_chunked(tiny, held):
