@@ -45,7 +45,7 @@ DISCOVERIES = {
 TOP = frozenset({25, 29})
 DIRECT = GravityConfig(rule="direct", plasticity_rate=0.1, trust_radius=0.2)
 LITERAL = GravityConfig(rule="literal", trust_radius=0.2)
-OFFSETS, BIAS = 0.01, 20.0
+OFFSETS, BIAS = 0.04, 20.0
 SESSION_RULES = by_name(
     [
         FROZEN,
@@ -56,7 +56,7 @@ SESSION_RULES = by_name(
         StreamRule("gradient", replace(DIRECT, rule="gradient")),
         StreamRule("value offsets", value_rate=OFFSETS),
         StreamRule("output bias", bias_rate=BIAS),
-        StreamRule("direct + offsets + bias", DIRECT, value_rate=OFFSETS, bias_rate=BIAS),
+        StreamRule("offsets + bias", value_rate=OFFSETS, bias_rate=BIAS / 2),
     ]
 )
 

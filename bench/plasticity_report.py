@@ -142,3 +142,53 @@ def sessions_plot(known: dict, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def curve_table(curves: dict) -> str:
+    """Both arms of bench/plastic_training.py: the frozen loss and what every rule saves of it, along the training."""
+    rules = _rules_of(curves)
+    lines = [
+        f"| arm | step | frozen loss | {' | '.join(f'{rule}, % saved' for rule in rules)} | best loss |",
+        "|" + "---|" * (len(rules) + 4),
+    ]
+    for arm, curve in curves.items():
+        for reading in curve:
+            saved = [f"{mean_gain(reading, rule):+.2f}" for rule in rules]
+            best = min(mean_loss(reading, rule) for rule in ("frozen", *rules))
+            frozen = mean_loss(reading, "frozen")
+            lines.append(f"| {arm} | {reading['step']} | {frozen:.4f} | {' | '.join(saved)} | {best:.4f} |")
+    return "\n".join(lines)
+
+
+def mean_loss(reading: dict, rule: str) -> float:
+    """Mean over domains of the mean over sessions, nats a token."""
+    return float(np.mean([np.mean(losses[rule]) for losses in reading["losses"].values()]))
+
+
+def mean_gain(reading: dict, rule: str) -> float:
+    """Percent of the same model's frozen loss saved, mean over domains of the mean over sessions."""
+    return float(
+        np.mean([gains_of({"losses": losses}, rule).mean() for losses in reading["losses"].values()])
+    )
+
+
+def curve_plot(curves: dict, path: Path) -> None:
+    """What each rule saves along the training, a panel an arm."""
+    figure, axes = plt.subplots(
+        1, len(curves), figsize=(5 * len(curves), 4), sharey=True, layout="constrained"
+    )
+    for axis, (arm, curve) in zip(axes, curves.items(), strict=True):
+        steps = [reading["step"] for reading in curve]
+        for rule in _rules_of(curves):
+            axis.plot(steps, [mean_gain(reading, rule) for reading in curve], "o-", label=rule)
+        axis.axhline(0, color="grey", linewidth=0.5)
+        axis.set(title=arm, xlabel="training step")
+    axes[0].set_ylabel("frozen loss saved, %")
+    axes[0].legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _rules_of(curves: dict) -> list[str]:
+    first = next(iter(curves.values()))[0]["losses"]
+    return [rule for rule in next(iter(first.values())) if rule != "frozen"]

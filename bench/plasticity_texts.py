@@ -22,7 +22,7 @@ from model.transformer import Transformer
 from server.stream.text import Pieces, Text, cut, texts_of_domain
 
 SEED = 2026
-SPLITS = {"tuning": "validation", "confirmation": "heldout"}
+SPLITS = {"training": "train", "tuning": "validation", "confirmation": "heldout"}
 TRAINED = ("english", "python", "c", "german", "french", "perl")
 UNTRAINED = ("spanish", "rust-books", "javascript")
 BY_NAME = {domain.name: domain for domain in DOMAINS}

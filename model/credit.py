@@ -36,7 +36,7 @@ class Credit:
 def loss_gradient(model: Transformer, hidden: Tensor, targets: Tensor) -> Tensor:
     """G (T, H) float32: derivative of the next-token loss by the final hidden state, per token."""
     _, gradient = loss_and_gradient(
-        hidden, model.final_norm, model.config.rms_norm_eps, model.embedding, targets.to(hidden.device)
+        hidden, model.final_norm, model.config.rms_norm_eps, model.head, targets.to(hidden.device)
     )
     return gradient
 
@@ -56,7 +56,6 @@ def expert_utility(block: SomeBlock, trace: LayerTrace, gradient: Tensor, expert
     return (-(aligned - of_output) / others_share)[:, expert_ids]
 
 
-@torch.inference_mode()
 def expert_credit(
     block: SomeBlock,
     keys: Tensor,
@@ -69,7 +68,7 @@ def expert_credit(
     """Credit of each token's `candidates` best experts (0: all), the K selected first.
 
     keys (E, D) in force, gradient (T, H) for the trace's leading T rows; only `visible_ids`, if given, earn any.
-    `offsets` (E, H) are what the session adds to the experts' outputs.
+    `offsets` (E, H) are what the session adds to the experts' outputs. Differentiable by the keys, the trace and the experts.
     """
     tokens = len(gradient)
     selected = trace.expert_ids[:tokens]
@@ -80,14 +79,13 @@ def expert_credit(
     gates = trace.gates[:tokens]
     of_output = _mixed(aligned, selected, gates)
     scores = trace.queries[:tokens] @ keys.T
-    joined = (scores - scores.gather(1, selected).logsumexp(1, keepdim=True)).sigmoid()
-    values = -(joined * (1 - joined)) * (aligned - of_output)
-    values.scatter_(1, selected, -gates * (aligned.gather(1, selected) - of_output))
     shown = len(keys)
     if visible_ids is not None:
         shown = len(visible_ids)
         scores = torch.full_like(scores, -torch.inf).index_copy_(1, visible_ids, scores[:, visible_ids])
-    scores.scatter_(1, selected, torch.inf)
+    values = block.outside_credit(scores, selected, aligned, of_output)
+    values.scatter_(1, selected, -gates * (aligned.gather(1, selected) - of_output))
+    scores = scores.scatter(1, selected, torch.inf)
     ids = scores.topk(min(candidates or shown, shown), dim=1).indices
     return Credit(ids, values.gather(1, ids))
 

@@ -59,12 +59,13 @@ class PlasticPass:
         credit: CreditKind = "none",
         offsets: Mapping[int, Tensor] | None = None,
         forced: Mapping[int, Tensor] | None = None,
+        visible_ids: Mapping[int, Tensor] | None = None,
         bias: Tensor | None = None,
     ) -> PassResult:
         """hidden (B, T, H) before the block of layer `first`, targets (B, T); extends `past`.
 
-        keys by layer, (E, D) or (B, E, D); layers of `some` that are not plastic use them too. `offsets` and
-        `forced` as `SomeBlock.mix` takes them; `bias` (B, V) is added to each text's logits.
+        keys by layer, (E, D) or (B, E, D); layers of `some` that are not plastic use them too. `offsets`,
+        `forced` and `visible_ids` as `SomeBlock.mix` takes them; `bias` (B, V) is added to each text's logits.
         """
         past = UpperPast() if past is None else past
         differentiable = credit == "gradient"
@@ -84,6 +85,7 @@ class PlasticPass:
                         keys[layer],
                         None if offsets is None else offsets.get(layer),
                         None if forced is None else forced.get(layer),
+                        None if visible_ids is None else visible_ids.get(layer),
                     )
                     contribution = mixture.combined
                     if layer in self.plastic_layers:
@@ -120,7 +122,7 @@ class PlasticPass:
     ) -> tuple[Tensor, Tensor]:
         """Losses and, where they are needed, derivatives by the final hidden state; both of the B * T rows."""
         model = self._model
-        head = (model.final_norm, model.config.rms_norm_eps, model.embedding)
+        head = (model.final_norm, model.config.rms_norm_eps, model.head)
         if hidden.requires_grad:
             losses = NextTokenLoss.apply(hidden.flatten(0, 1), *head, targets.flatten())
             assert isinstance(losses, Tensor)

@@ -148,10 +148,16 @@ class Crediting:
             past=past,
             credit="gradient",
             offsets=lesson.offsets,
+            visible_ids=self._visible_ids(lesson, device),
             # Clones: autograd takes no tensor that was made in inference mode.
             forced={layer: t.expert_ids[None, :count].clone() for layer, t in lesson.trace.by_layer.items()},
         )
         return result.gradients
+
+    def _visible_ids(self, lesson: Lesson, device: torch.device) -> Mapping[int, torch.Tensor]:
+        """Of the layers where the lesson's keys hide experts."""
+        shown = {layer: lesson.keys.visible_ids(layer) for layer in self._plastic_and_above()}
+        return {layer: torch.from_numpy(ids).to(device) for layer, ids in shown.items() if ids is not None}
 
     def _plastic_and_above(self) -> list[int]:
         return [

@@ -18,7 +18,7 @@ from keystore.fairness import who_makes_room
 from keystore.records import ScopeId
 from model.keys import KeyView
 from model.transformer import Transformer
-from model.value_offsets import moved, pulls
+from model.value_offsets import directions, head_metric, moved, pulls
 from server.crediting import direct_gradient
 from server.engine.sequence import Lesson
 
@@ -27,7 +27,7 @@ from server.engine.sequence import Lesson
 class OffsetLimits:
     """How far a window moves offsets, and how many sessions may hold some for how long."""
 
-    rate: float  # eta, of the length of the residual stream
+    rate: float  # eta, of a Gauss-Newton step of the logits
     bound: float  # longest offset, of the same length
     window_tokens: int
     max_sessions: int
@@ -64,6 +64,7 @@ class ValueOffsets:
 
     def __init__(self, model: Transformer, limits: OffsetLimits, clock: Callable[[], float] = time.monotonic):
         self._model, self._limits, self._clock = model, limits, clock
+        self._metric = head_metric(model.final_norm, model.head)
         self._sessions: OrderedDict[ScopeId, Session] = OrderedDict()  # that were taught, in order of use
         self._opened = WeakValueDictionary[ScopeId, Session]()  # those, and others that requests hold
         self._lock = threading.Lock()
@@ -93,10 +94,11 @@ class ValueOffsets:
             ):
                 self._forget(scope)
         gradient = direct_gradient(self._model, lesson)
+        wanted = directions(gradient, lesson.hidden[: len(gradient)], self._metric)
         first = 0
-        while first < len(gradient):
-            rows = slice(first, min(len(gradient), first + self._limits.window_tokens - session.tokens))
-            _collect(session, lesson, gradient, rows)
+        while first < len(wanted):
+            rows = slice(first, min(len(wanted), first + self._limits.window_tokens - session.tokens))
+            _collect(session, lesson, wanted, rows)
             first = rows.stop
             if session.tokens == self._limits.window_tokens:
                 self._move(session, lesson)
@@ -148,10 +150,10 @@ class ValueOffsets:
         session.pulled, session.output_norms, session.tokens = {}, {}, 0
 
 
-def _collect(session: Session, lesson: Lesson, gradient: Tensor, rows: slice) -> None:
+def _collect(session: Session, lesson: Lesson, wanted: Tensor, rows: slice) -> None:
     for layer, trace in lesson.trace.by_layer.items():
         experts = len(lesson.keys.keys_of(layer))
-        pulled = pulls(trace.expert_ids[rows], trace.gates[rows], gradient[rows], experts)
+        pulled = pulls(trace.expert_ids[rows], trace.gates[rows], wanted[rows], experts)
         before = session.pulled.get(layer, torch.zeros_like(pulled))
         experts = max(len(before), experts)
         session.pulled[layer] = _with_rows(before, experts) + _with_rows(pulled, experts)

@@ -67,7 +67,7 @@ def upper_loss(
         at = layer
     hidden = run_layers(model, hidden, at + 1, len(model.layers))
     losses = NextTokenLoss.apply(
-        hidden.flatten(0, 1), model.final_norm, model.config.rms_norm_eps, model.embedding, targets.flatten()
+        hidden.flatten(0, 1), model.final_norm, model.config.rms_norm_eps, model.head, targets.flatten()
     )
     assert isinstance(losses, Tensor)
     return losses.view_as(targets), auxiliary
@@ -91,7 +91,7 @@ class LowerStates:
         self._model, self._tokens, self._first_block, self._below = model, tokens, first_block, below
         shape = (len(tokens), tokens.shape[1], model.config.hidden_size)
         folder.mkdir(parents=True, exist_ok=True)
-        content = hashlib.sha256(tokens.numpy().tobytes())
+        content = hashlib.sha256(str(shape).encode() + tokens.numpy().tobytes())
         for layer in sorted(below):
             for parameter in below[layer].parameters():
                 content.update(parameter.detach().float().numpy(force=True).tobytes())

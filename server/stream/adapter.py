@@ -14,7 +14,7 @@ from model.blocks.some import SomeBlock
 from model.credit import loss_gradient
 from model.plastic_pass import PassResult, PlasticPass, UpperPast
 from model.transformer import Transformer
-from model.value_offsets import updated
+from model.value_offsets import directions, head_metric, updated
 from server.crediting import LayerRows, credited_rows, plain_rows
 from server.stream.learner import KeyLearner
 from server.stream.rules import VALUE_BOUND, StreamRule
@@ -39,6 +39,7 @@ class Adapter:
         shape = (texts, len(next(iter(anchors.values()))), model.config.hidden_size)
         lifted = frozenset(blocks) if rule.value_layers is None else rule.value_layers
         self._offsets = {layer: torch.zeros(shape) for layer in sorted(lifted)} if rule.value_rate else None
+        self._metric = head_metric(model.final_norm, model.head) if rule.value_rate else None
         self._bias = torch.zeros(texts, model.config.vocab_size) if rule.bias_rate else None
         self.load = {layer: np.zeros(len(rows), np.int64) for layer, rows in anchors.items()}
 
@@ -78,13 +79,14 @@ class Adapter:
         for text, learner in enumerate(self.learners):
             rows = slice(text * length, (text + 1) * length)
             learner.learn({layer: self._rows(layer, result, text, rows) for layer in sorted(self._moving)})
-        if self._offsets is not None:
+        if self._offsets is not None and self._metric is not None:
+            wanted = directions(next(iter(direct.values())), result.final.flatten(0, 1), self._metric)
             self._offsets = {
                 layer: updated(
                     offsets,
                     trace.expert_ids.unflatten(0, targets.shape),
                     trace.gates.unflatten(0, targets.shape),
-                    direct[layer].unflatten(0, targets.shape),
+                    wanted.unflatten(0, targets.shape),
                     result.outputs[layer].norm(dim=-1),
                     self.rule.value_rate,
                     VALUE_BOUND,

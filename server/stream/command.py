@@ -17,19 +17,20 @@ from tqdm import tqdm
 
 from keystore.projection import load_balance
 from model.blocks.some import SomeBlock
-from model.checkpoints.load import BaseModel, find_base_file, load_base
+from model.checkpoints.assemble import BaseModel
 from model.errors import ModelError
 from model.plastic_pass import PlasticPass, UpperPast
 from model.training.upper import lower_states
-from server.build import plastic_layers_of, read_variant
+from server.build import load_variant, open_base, plastic_layers_of, read_variant
 from server.canary_text import canary_windows
-from server.settings import EndpointSettings, Settings
+from server.settings import Settings
+from server.settings_endpoint import EndpointSettings
 from server.stream.adapter import Adapter
 from server.stream.report import RuleReport, StreamReport, draw, markdown
 from server.stream.rules import FROZEN, StreamRule
 from server.stream.text import Pieces, cut, texts_in
 
-MAX_FILE_TOKENS = 8192  # the base's context; what a file has beyond it is left out
+MAX_FILE_TOKENS = 8192  # or the base's context, if that is shorter; what a file has beyond is left out
 BIAS_RATE = 20.0  # the best of the tuning split of bench/plasticity.py
 FORGETTING_WINDOWS = 8
 
@@ -60,8 +61,8 @@ def stream(settings: Settings, job: StreamJob, threads: int, *, as_json: bool) -
         )
     endpoint = settings.endpoints[job.endpoint]
     torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
-    base = load_base(find_base_file(), torch.bfloat16, settings.data_dir / "cache")
-    blocks = some_blocks(endpoint, base.transformer.config.hidden_size)
+    base = open_base(endpoint.model, torch.bfloat16, settings.data_dir / "cache")
+    blocks = some_blocks(endpoint, base)
     rules = rules_of(endpoint, job)
     window = job.window or endpoint.gravity.window_tokens
     pieces = cut(
@@ -69,7 +70,9 @@ def stream(settings: Settings, job: StreamJob, threads: int, *, as_json: bool) -
     )
     if not len(pieces):
         raise StreamTextMissing(f"{job.text} has no text file of more than {window} tokens")
-    held_out = canary_windows(base.tokenizer, job.held_out, 512)[:FORGETTING_WINDOWS]
+    held_out = canary_windows(base.tokenizer, job.held_out, base.transformer.config.max_position_embeddings)[
+        :FORGETTING_WINDOWS
+    ]
     adapters = [Adapter(base.transformer, blocks, rule, 1) for rule in rules]
     losses, entropy = predict_and_learn(base, adapters, pieces, window, min(blocks))
     report = StreamReport(
@@ -97,13 +100,13 @@ def stream(settings: Settings, job: StreamJob, threads: int, *, as_json: bool) -
     click.echo(json.dumps(asdict(report)) if as_json else markdown(report))
 
 
-def some_blocks(endpoint: EndpointSettings, hidden_size: int) -> Mapping[int, SomeBlock]:
+def some_blocks(endpoint: EndpointSettings, base: BaseModel) -> Mapping[int, SomeBlock]:
     """The endpoint's blocks. Raises StreamTextMissing when its routing cannot learn."""
-    if endpoint.variant != "some":
+    folder = load_variant(endpoint, base) if endpoint.has_keys else None
+    if folder is None:
         raise StreamTextMissing(
-            f"variant {endpoint.variant!r} has no routing keys: only a `some` endpoint can learn"
+            f"variant {endpoint.variant!r} has no routing keys: only a `some` or a plastic endpoint can learn"
         )
-    folder = read_variant(endpoint, hidden_size)
     return {
         layer: block.requires_grad_(False)
         for layer, block in folder.blocks.items()
@@ -138,9 +141,10 @@ def predict_and_learn(
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Mean loss of every window under every rule, and the load entropy over all of them."""
     losses: dict[str, list[float]] = {adapter.rule.name: [] for adapter in adapters}
+    most = min(MAX_FILE_TOKENS, base.transformer.config.max_position_embeddings) // window
     with tqdm(total=len(pieces) * window, unit="tok", unit_scale=True, desc="stream") as bar:
         for number in range(len(pieces.files)):
-            tokens = torch.from_numpy(pieces.tokens[pieces.file_index == number][: MAX_FILE_TOKENS // window])
+            tokens = torch.from_numpy(pieces.tokens[pieces.file_index == number][:most])
             entry = lower_states(base.transformer, tokens[:, :-1].reshape(1, -1), first_block)
             pasts = [UpperPast() for _ in adapters]
             for at in range(len(tokens)):
