@@ -9,11 +9,16 @@ from typing import Any
 
 import click
 
+from server.api_key_file import FILE_NAME
+from server.cli_adapt import adapt
 from server.cli_chat import chat
+from server.cli_completion import completion, plastic_names
 from server.cli_experts import experts
 from server.cli_keys import keys
-from server.cli_settings import CONFIG_OPTION, checked_settings, errors_shown
+from server.cli_settings import CONFIG_OPTION, checked_settings, errors_shown, faults_of, own_endpoint, told
+from server.cli_tables import JSON_OPTION
 from server.cli_train import train
+from server.cli_worker import worker
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -28,14 +33,28 @@ def main() -> None:
 @click.option("--port", type=click.IntRange(0, 65535), help="Port to listen on (default 8000).")
 @click.option("--data-dir", type=click.Path(path_type=Path), help="Where everything the server writes goes.")
 @click.option("--insecure", is_flag=True, default=None, help="Listen off loopback without API keys.")
-def serve(config_file: Path | None, data_dir: Path | None, **listen: Any) -> None:
-    """Serve the configured endpoints over HTTP."""
+@click.option(
+    "--model",
+    type=click.Path(path_type=Path),
+    help="Serve a model of your own: a Hugging Face folder or a GGUF file, under the name of its folder.",
+)
+@click.option("--plastic", is_flag=True, help="With --model: the routing of its experts keeps learning.")
+def serve(
+    config_file: Path | None, data_dir: Path | None, model: Path | None, *, plastic: bool, **listen: Any
+) -> None:
+    """Serve the configured endpoints over HTTP.
+
+    With --model that model, in place of the default ones.
+    """
     started = time.monotonic()
-    settings = checked_settings(config_file, data_dir=data_dir, server=listen)
-    if not settings.server.on_loopback and not settings.server.api_keys and not settings.server.insecure:
+    settings = checked_settings(
+        config_file, data_dir=data_dir, server=listen, endpoints=own_endpoint(model, plastic=plastic)
+    )
+    has_api_keys = settings.server.api_keys or (settings.data_dir / FILE_NAME).exists()
+    if not settings.server.on_loopback and not has_api_keys and not settings.server.insecure:
         raise click.ClickException(
-            f"refusing to listen on {settings.server.host} without API keys: configure server.api_keys, "
-            "listen on 127.0.0.1, or pass --insecure"
+            f"refusing to listen on {settings.server.host} without API keys: make one with "
+            "`libration keys api create NAME`, listen on 127.0.0.1, or pass --insecure"
         )
     processors = os.sched_getaffinity(0)
     if settings.engine.threads != 1:
@@ -52,6 +71,9 @@ keys.add_command(experts)
 main.add_command(keys)
 main.add_command(chat)
 main.add_command(train)
+main.add_command(adapt)
+main.add_command(worker)
+main.add_command(completion)
 
 
 @main.group()
@@ -61,9 +83,18 @@ def config() -> None:
 
 @config.command("check")
 @CONFIG_OPTION
-def config_check(config_file: Path | None) -> None:
-    """Say whether the configuration is valid; exit with 1 and every fault if it is not."""
-    checked_settings(config_file)
+@JSON_OPTION
+def config_check(config_file: Path | None, *, as_json: bool) -> None:
+    """Say whether the configuration is valid.
+
+    If it is not, name every fault and exit with 1.
+    """
+    faults = faults_of(config_file)
+    if as_json:
+        click.echo(json.dumps({"valid": not faults, "faults": faults}))
+        sys.exit(1 if faults else 0)
+    if faults:
+        raise click.ClickException(told(faults))
     click.echo("the configuration is valid")
 
 
@@ -84,18 +115,27 @@ def config_show(config_file: Path | None) -> None:
     type=click.Path(path_type=Path),
     help="A folder of blocks to measure; may be given several times.",
 )
-@click.option("--split", type=click.Choice(["validation", "heldout"]), default="heldout", show_default=True)
+@click.option(
+    "--split",
+    type=click.Choice(["validation", "heldout"]),
+    default="heldout",
+    show_default=True,
+    help="Which part of the data.",
+)
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Also write evaluation.json and evaluation.png here."
 )
 @click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda.")
 @click.option("--threads", default=0, type=click.IntRange(min=0), help="0: every processor.")
 @click.option("--data-dir", type=click.Path(path_type=Path), help="Where converted base weights are kept.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+@JSON_OPTION
 def evaluate(
     data: Path, folders: tuple[Path, ...], every_variant: bool, data_dir: Path | None, **options: Any
 ) -> None:
-    """Held-out loss per domain with expert blocks, beside `dense`, the untouched base."""
+    """Measure the loss of expert blocks on held-out text.
+
+    Domain by domain, beside `dense`, the untouched base.
+    """
     if not folders and not every_variant:
         raise click.UsageError("say what to measure: --all, or --blocks FOLDER")
     from server.offline import evaluate_blocks
@@ -108,7 +148,13 @@ def evaluate(
 @main.command()
 @click.argument("text", type=click.Path(path_type=Path))
 @CONFIG_OPTION
-@click.option("--endpoint", default="some", show_default=True, help="Whose blocks and law to use.")
+@click.option(
+    "--endpoint",
+    default="some",
+    show_default=True,
+    shell_complete=plastic_names,
+    help="Whose blocks and law to use.",
+)
 @click.option(
     "--rule", type=click.Choice(["literal", "direct", "gradient"]), help="In place of the endpoint's own."
 )
@@ -117,7 +163,7 @@ def evaluate(
     default=0.0,
     show_default=True,
     type=click.FloatRange(min=0, max=1),
-    help="Also try value offsets at this rate; 0.02 is a good one.",
+    help="Also try value offsets at this rate; 0.04 is a good one.",
 )
 @click.option(
     "--window", type=click.IntRange(min=2, max=8192), help="Tokens of a window (default: the endpoint's)."
@@ -131,11 +177,11 @@ def evaluate(
 @click.option("--out", type=click.Path(path_type=Path), help="Also write stream.json and stream.png here.")
 @click.option("--threads", default=0, type=click.IntRange(min=0), help="0: every processor.")
 @click.option("--data-dir", type=click.Path(path_type=Path), help="Where converted base weights are kept.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+@JSON_OPTION
 def stream(config_file: Path | None, data_dir: Path | None, threads: int, as_json: bool, **job: Any) -> None:
-    """Predict TEXT, a file or a folder, window by window, and learn from each window after it was predicted.
+    """Predict a text window by window, and learn from it.
 
-    Shows what a rule saves against frozen routing on the same windows, beside an output bias that learns the same
+    TEXT is a file or a folder; each window teaches after it was predicted. Shows what a rule saves against frozen routing on the same windows, beside an output bias that learns the same
     way, and what it costs on other text. Nothing that a server keeps is read or written.
     """
     from server.stream.command import StreamJob

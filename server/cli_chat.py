@@ -8,12 +8,16 @@ import io
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 import click
 import numpy as np
+
+from server.cli_completion import endpoint_names
 
 Json = dict[str, Any]  # Any: JSON
 
@@ -31,7 +35,7 @@ class Conversation:
     options: Json
     messages: list[dict[str, str]] = field(default_factory=list[dict[str, str]])
 
-    def ask(self, text: str) -> Iterator[Json]:
+    def ask(self, text: str) -> Generator[Json]:
         """Chunks of the answer, which becomes part of the conversation once it is complete.
 
         Raises click.ClickException with the server's own words.
@@ -69,7 +73,13 @@ class Conversation:
 
 @click.command()
 @click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="Where the server listens.")
-@click.option("--model", default="some", show_default=True, help="Which endpoint answers.")
+@click.option(
+    "--model",
+    default="some",
+    show_default=True,
+    shell_complete=endpoint_names,
+    help="Which endpoint answers.",
+)
 @click.option("--api-key", envvar="LIBRATION_API_KEY", help="Also from LIBRATION_API_KEY.")
 @click.option("--session", "session_id", help="Learn for this conversation alone, under this name.")
 @click.option("--plasticity", type=click.Choice(["off", "read", "learn"]), help="Default: the endpoint's.")
@@ -77,9 +87,9 @@ class Conversation:
 @click.option("--temperature", type=click.FloatRange(0, 2), help="Default: the server's.")
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Longest answer.")
 def chat(url: str, model: str, api_key: str | None, **options: Any) -> None:
-    """Talk to a running server. An empty line or end of input ends it.
+    """Talk to a running server.
 
-    After each answer: the key version it was computed with, how much was learned, and the busiest experts.
+    An empty line or end of input ends it, Ctrl-C stops an answer. After each answer: the key version it was computed with, how much was learned, and the busiest experts.
     """
     if not url.startswith(("http://", "https://")):
         raise click.UsageError(f"--url is {url!r}; allowed: an http or https address")
@@ -87,9 +97,15 @@ def chat(url: str, model: str, api_key: str | None, **options: Any) -> None:
     wanted |= {"stream_options": {"include_usage": True}}
     if model != "dense":
         wanted["return_routed_experts"] = True
+    with suppress(ImportError):
+        import_module("readline")  # what is typed can then be edited, and called up again
     conversation = Conversation(url.rstrip("/"), model, api_key, wanted)
     while text := _next_line():
-        _show(conversation.ask(text))
+        try:
+            with closing(conversation.ask(text)) as chunks:
+                _show(chunks)
+        except KeyboardInterrupt:
+            click.echo(click.style("\nstopped; the conversation goes on without it", dim=True), err=True)
 
 
 def _next_line() -> str:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from keystore.records import ScopeId
-from server.cli_keys import SCOPE_OPTION, print_done, print_table
+from server.cli_keys import ENDPOINT_ARGUMENT, SCOPE_OPTION
+from server.cli_tables import JSON_OPTION, print_done, print_table
 from server.offline_keys import key_store
 from server.settings import Settings
 
@@ -20,22 +21,27 @@ Command = Callable[..., Any]  # Any: click's commands take what their options sa
 
 @click.group()
 def experts() -> None:
-    """Add experts while no server runs; /admin/experts of a running one does the same."""
+    """Add experts while no server runs.
+
+    /admin/experts of a running one does the same.
+    """
 
 
 def _command(command: Command) -> Command:
-    as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
-    return experts.command(command.__name__.removesuffix("_"))(as_json(click.pass_obj(command)))
+    return experts.command(command.__name__.removesuffix("_"))(JSON_OPTION(click.pass_obj(command)))
 
 
 @_command
-@click.argument("endpoint")
+@ENDPOINT_ARGUMENT
 def list_(settings: Settings, endpoint: str, *, as_json: bool) -> None:
-    """Every group that was ever added, and how far the addresses of those that settle have come."""
+    """Every group of experts that was ever added.
+
+    With how far the addresses of those that settle have come.
+    """
     with key_store(settings, endpoint) as store:
         rows: list[dict[str, object]] = []
-        for group in store.expert_groups():
-            settling = store.settling(group.name) if group.state == "settling" else {}
+        for group in store.experts.all():
+            settling = store.experts.settling(group.name) if group.state == "settling" else {}
             drift = {str(layer): each.drift.tolist() for layer, each in settling.items()}
             rows.append(_row(group) | {"drift": drift})
     if as_json:
@@ -49,7 +55,7 @@ def list_(settings: Settings, endpoint: str, *, as_json: bool) -> None:
 
 
 @_command
-@click.argument("endpoint")
+@ENDPOINT_ARGUMENT
 @click.argument("file", type=click.Path(path_type=Path))
 @click.argument("name")
 @SCOPE_OPTION
@@ -68,27 +74,30 @@ def add(
         blocks = plastic_blocks(variant.blocks, plastic_layers_of(configured, variant.config))
         read = read_experts(file, blocks)
         keep(read, kept_folder(settings, endpoint))
-        group = store.add_experts(name, scope, addresses(read, blocks, seed), read.digest)
+        group = store.experts.add(name, scope, addresses(read, blocks, seed), read.digest)
     _print_group(endpoint, group, f"{name} settles in {scope} from the next start on", as_json)
 
 
 @_command
-@click.argument("endpoint")
+@ENDPOINT_ARGUMENT
 @click.argument("name")
 def promote(settings: Settings, endpoint: str, name: str, *, as_json: bool) -> None:
-    """Make where the group NAME has settled its anchors, which everybody sees."""
+    """Show the group NAME to everybody, where it has settled.
+
+    Where it is now becomes its anchors.
+    """
     with key_store(settings, endpoint) as store:
-        group = store.promote_experts(name)
+        group = store.experts.promote(name)
     _print_group(endpoint, group, f"{name} is promoted: every scope sees it", as_json)
 
 
 @_command
-@click.argument("endpoint")
+@ENDPOINT_ARGUMENT
 @click.argument("name")
 def retire(settings: Settings, endpoint: str, name: str, *, as_json: bool) -> None:
     """Hide the group NAME from everybody, for ever."""
     with key_store(settings, endpoint) as store:
-        group = store.retire_experts(name)
+        group = store.experts.retire(name)
     _print_group(endpoint, group, f"{name} is retired: nobody sees it", as_json)
 
 

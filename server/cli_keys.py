@@ -4,7 +4,7 @@ The file has one writer. While a server has it, its routes under /v1/keys and /a
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,10 @@ import click
 from keystore.backends.base import EVERY_SCOPE, VersionRow
 from keystore.errors import InvalidConfig
 from keystore.records import ScopeId
+from server.cli_api_keys import api
+from server.cli_completion import plastic_names
 from server.cli_settings import CONFIG_OPTION, checked_settings
+from server.cli_tables import JSON_OPTION, print_done, print_table, shown_cell
 from server.offline_keys import file_of, key_store, plastic_endpoints, stored_keys
 from server.settings import Settings
 
@@ -36,6 +39,7 @@ class ScopeType(click.ParamType[ScopeId]):
         return scope
 
 
+ENDPOINT_ARGUMENT = click.argument("endpoint", shell_complete=plastic_names)
 SCOPE_OPTION = click.option(
     "--scope", type=ScopeType(), default="tenant:default", show_default=True, help="Whose keys."
 )
@@ -49,19 +53,24 @@ IF_VERSION_OPTION = click.option(
 @click.option("--data-dir", type=click.Path(path_type=Path), help="Where the server writes.")
 @click.pass_context
 def keys(context: click.Context, config_file: Path | None, data_dir: Path | None) -> None:
-    """Look at and change routing keys while no server runs."""
+    """Look at and change routing keys; make API keys.
+
+    Routing keys only while no server runs, API keys (`api`) at any time.
+    """
     context.obj = checked_settings(config_file, data_dir=data_dir)
+
+
+keys.add_command(api)
 
 
 def _command(command: Command) -> Command:
     """A subcommand of `keys` that gets the settings first and can print JSON."""
-    as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
-    return keys.command(command.__name__.removesuffix("_"))(as_json(click.pass_obj(command)))
+    return keys.command(command.__name__.removesuffix("_"))(JSON_OPTION(click.pass_obj(command)))
 
 
 @_command
 def list_(settings: Settings, *, as_json: bool) -> None:
-    """Every scope that has learned: where it stands, and whether it is frozen."""
+    """Every scope that has learned, and where it stands."""
     found: list[dict[str, object]] = []
     for name in plastic_endpoints(settings):
         if not file_of(settings, name).exists():
@@ -76,11 +85,14 @@ def list_(settings: Settings, *, as_json: bool) -> None:
 
 
 @_command
-@click.argument("endpoint")
+@ENDPOINT_ARGUMENT
 @SCOPE_OPTION
 @click.option("--version", type=click.IntRange(min=0), help="Default: the newest; 0 is the anchors.")
 def show(settings: Settings, endpoint: str, scope: ScopeId, version: int | None, *, as_json: bool) -> None:
-    """One version, layer by layer: how many keys, and how far they are from home."""
+    """One version, layer by layer.
+
+    How many keys there are, and how far they are from home.
+    """
     from server.keyspace import read_layers
 
     with key_store(settings, endpoint) as store:
@@ -101,7 +113,7 @@ def show(settings: Settings, endpoint: str, scope: ScopeId, version: int | None,
 
 
 @_command
-@click.argument("endpoint")
+@ENDPOINT_ARGUMENT
 @SCOPE_OPTION
 def versions(settings: Settings, endpoint: str, scope: ScopeId, *, as_json: bool) -> None:
     """The versions that are kept, newest first. Version 0, the anchors, is always there."""
@@ -111,7 +123,7 @@ def versions(settings: Settings, endpoint: str, scope: ScopeId, *, as_json: bool
 
 
 @_command
-@click.argument("endpoint")
+@ENDPOINT_ARGUMENT
 @click.option("--scope", type=ScopeType(), help="Whose keys; a tenant's sessions included. Default: all.")
 def freeze(settings: Settings, endpoint: str, scope: ScopeId | None, *, as_json: bool) -> None:
     """Stop learning of one scope, or of all without --scope."""
@@ -119,7 +131,7 @@ def freeze(settings: Settings, endpoint: str, scope: ScopeId | None, *, as_json:
 
 
 @_command
-@click.argument("endpoint")
+@ENDPOINT_ARGUMENT
 @click.option("--scope", type=ScopeType(), help="The scope that was frozen. Default: all.")
 def unfreeze(settings: Settings, endpoint: str, scope: ScopeId | None, *, as_json: bool) -> None:
     """Undo a freeze of the same scope."""
@@ -127,7 +139,7 @@ def unfreeze(settings: Settings, endpoint: str, scope: ScopeId | None, *, as_jso
 
 
 @_command
-@click.argument("endpoint")
+@ENDPOINT_ARGUMENT
 @click.argument("to_version", type=click.IntRange(min=0))
 @SCOPE_OPTION
 @IF_VERSION_OPTION
@@ -140,7 +152,10 @@ def rollback(
     *,
     as_json: bool,
 ) -> None:
-    """Publish the keys of TO_VERSION as a new version; 0 goes back to the anchors."""
+    """Publish the keys of TO_VERSION as a new version.
+
+    0 goes back to the anchors.
+    """
     with key_store(settings, endpoint) as store:
         version = store.rollback(scope, to_version, if_version=if_version)
     done = {"endpoint": endpoint, "scope": str(scope), "version": version}
@@ -148,7 +163,7 @@ def rollback(
 
 
 @_command
-@click.argument("endpoint")
+@ENDPOINT_ARGUMENT
 @click.argument("file", type=click.Path(path_type=Path))
 @SCOPE_OPTION
 @click.option("--version", type=click.IntRange(min=0), help="Default: the newest; 0 is the anchors.")
@@ -164,7 +179,7 @@ def export(
 
 
 @_command
-@click.argument("endpoint")
+@ENDPOINT_ARGUMENT
 @click.argument("file", type=click.Path(path_type=Path))
 @SCOPE_OPTION
 @IF_VERSION_OPTION
@@ -179,7 +194,7 @@ def import_(
 
 
 @_command
-@click.argument("endpoint")
+@ENDPOINT_ARGUMENT
 @click.option("--scope", type=ScopeType(), help="What happened to these keys. Default: to any.")
 @click.option("--limit", type=click.IntRange(min=1), default=20, show_default=True, help="Newest events.")
 def audit(settings: Settings, endpoint: str, scope: ScopeId | None, limit: int, *, as_json: bool) -> None:
@@ -193,7 +208,7 @@ def audit(settings: Settings, endpoint: str, scope: ScopeId | None, limit: int, 
     click.echo(f"{verified} events, the hash chain is whole")
     columns = ("id", "at", "event", "scope", "version", "reason")
     rows = [{name: event.get(name, "") for name in columns} for event in events]
-    print_table([{**row, "at": shown_cell("created_at", row["at"])} for row in rows], columns, as_json=False)
+    print_table(rows, columns, as_json=False)
 
 
 def _set_frozen(
@@ -211,25 +226,3 @@ def _row(row: VersionRow) -> dict[str, object]:
     return {"version": row.version, "parent": row.parent, "created_at": row.created_at,
             "tokens": row.tokens, "drift_max": row.drift_max, "drift_mean": row.drift_mean,
             "checksum": row.checksum, "reason": row.reason}  # fmt: skip
-
-
-def print_done(done: Mapping[str, object], text: str, as_json: bool) -> None:
-    click.echo(json.dumps(done) if as_json else text)
-
-
-def print_table(rows: list[dict[str, object]], columns: tuple[str, ...], *, as_json: bool) -> None:
-    if as_json:
-        click.echo(json.dumps(rows))
-        return
-    cells = [[*columns], *([shown_cell(name, row[name]) for name in columns] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for line in cells:
-        click.echo("  ".join(map(str.ljust, line, widths)).rstrip())
-
-
-def shown_cell(name: str, value: object) -> str:
-    if name == "created_at":
-        return datetime.fromtimestamp(float(str(value)), UTC).strftime("%Y-%m-%d %H:%M:%S")
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:.4f}" if isinstance(value, float) else str(value)

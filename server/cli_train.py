@@ -13,21 +13,27 @@ THREADS_OPTION = click.option("--threads", default=0, type=click.IntRange(min=0)
 DATA_DIR_OPTION = click.option(
     "--data-dir", type=click.Path(path_type=Path), help="Where converted base weights are kept."
 )
-SEED_OPTION = click.option("--seed", default=2026, show_default=True, type=click.IntRange(min=0))
+SEED_OPTION = click.option(
+    "--seed", default=2026, show_default=True, type=click.IntRange(min=0), help="Of all that is random."
+)
 
 
 @click.group()
 def train() -> None:
-    """Train the expert blocks of a variant on the frozen base, or new experts beside trained ones."""
+    """Train expert blocks on the frozen base.
+
+    Those of a whole variant, or a few new experts beside trained ones.
+    """
 
 
 def _variant(name: str) -> click.Command:
     """`libration train NAME`."""
-    note = (
-        "a control that the routed variants have to beat" if name.startswith("ffn-") else "a routed variant"
-    )
+    note = "A control that the routed variants have to beat. " if name.startswith("ffn-") else ""
 
-    @train.command(name, help=f"Train the blocks of {name}, {note}, from text installed on this machine.")
+    @train.command(
+        name,
+        help=f"Train the blocks of {name}.\n\n{note}The text is what is installed on this machine.",
+    )
     @click.option(
         "--run",
         type=click.Path(path_type=Path),
@@ -37,7 +43,13 @@ def _variant(name: str) -> click.Command:
     @click.option(
         "--data", type=click.Path(path_type=Path), required=True, help="Data folder; built if empty."
     )
-    @click.option("--tokens-per-domain", default=118_000, show_default=True, type=click.IntRange(min=4096))
+    @click.option(
+        "--tokens-per-domain",
+        default=118_000,
+        show_default=True,
+        type=click.IntRange(min=4096),
+        help="How much text of each domain.",
+    )
     @click.option(
         "--chat-tokens",
         default=0,
@@ -51,7 +63,9 @@ def _variant(name: str) -> click.Command:
         type=click.Path(path_type=Path),
         help="Blocks to start from (default: fresh ones).",
     )
-    @click.option("--epochs", default=1, show_default=True, type=click.IntRange(min=1))
+    @click.option(
+        "--epochs", default=1, show_default=True, type=click.IntRange(min=1), help="How often over the data."
+    )
     @click.option(
         "--steps", type=click.IntRange(min=1), help="Stop after this many (default: when the data ends)."
     )
@@ -64,7 +78,13 @@ def _variant(name: str) -> click.Command:
         type=click.FloatRange(min=0, min_open=True),
         help="Give several, and the one with the lowest validation loss after a short run is taken.",
     )
-    @click.option("--sweep-steps", default=30, show_default=True, type=click.IntRange(min=8))
+    @click.option(
+        "--sweep-steps",
+        default=30,
+        show_default=True,
+        type=click.IntRange(min=8),
+        help="Length of such a short run.",
+    )
     @SEED_OPTION
     @DEVICE_OPTION
     @THREADS_OPTION
@@ -107,7 +127,13 @@ for _name in VARIANTS:
     help="May be given several times (default: the layers whose keys move by default).",
 )
 @click.option("--steps", type=click.IntRange(min=1), help="Default: until the text was seen three times.")
-@click.option("--learning-rate", default=5e-3, show_default=True, type=click.FloatRange(min=0, min_open=True))
+@click.option(
+    "--learning-rate",
+    default=5e-3,
+    show_default=True,
+    type=click.FloatRange(min=0, min_open=True),
+    help="Of AdamW.",
+)
 @click.option("--with-keys", is_flag=True, help="Also write where they were found in training.")
 @click.option(
     "--run",
@@ -119,9 +145,9 @@ for _name in VARIANTS:
 @THREADS_OPTION
 @DATA_DIR_OPTION
 def experts(data_dir: Path | None, device: str, threads: int, **job: Any) -> None:
-    """Train a few new experts on your own text; the router and the experts that are there stay as they are.
+    """Train a few new experts on your own text.
 
-    Without --with-keys the file holds no addresses: the server draws random ones, and serving finds better.
+    The router and the experts that are there stay as they are. Without --with-keys the file holds no addresses: the server draws random ones, and serving finds better.
     """
     from server.offline_experts import ExpertsJob, train_new_experts
 

@@ -31,9 +31,13 @@ def key_store(settings: Settings, endpoint: str, *, may_create: bool = False) ->
     with _errors_shown():
         backend = _open_backend(settings, endpoint, may_create=may_create)
         try:
-            from server.build import open_key_store, read_variant  # torch takes seconds to import
+            from server.build import plastic_layers_of, read_variant  # torch takes seconds to import
+            from server.key_stores import open_key_store
 
-            store = open_key_store(endpoint, settings, read_variant(settings.endpoints[endpoint]), backend)
+            configured = settings.endpoints[endpoint]
+            folder = read_variant(configured)
+            layers = plastic_layers_of(configured, folder.config)
+            store = open_key_store(endpoint, settings, folder, layers, backend)
         except BaseException:
             backend.close()
             raise
@@ -46,6 +50,11 @@ def _open_backend(settings: Settings, endpoint: str, *, may_create: bool = False
     if endpoint not in allowed:
         raise click.ClickException(
             f"{endpoint!r} has no routing keys; endpoints that have: {', '.join(allowed) or 'none'}"
+        )
+    if settings.key_store.backend == "redis":
+        raise click.ClickException(
+            f"these keys are in Redis, which several servers share. Ask one of them: /v1/keys/{endpoint} shows"
+            f" them, /admin/keys/{endpoint} changes them"
         )
     path = file_of(settings, endpoint)
     if not may_create and not path.exists():
@@ -71,7 +80,7 @@ def _errors_shown() -> Generator[None]:
 
 def plastic_endpoints(settings: Settings) -> list[str]:
     """Configured endpoints that have routing keys."""
-    return [name for name, endpoint in settings.endpoints.items() if endpoint.variant == "some"]
+    return [name for name, endpoint in settings.endpoints.items() if endpoint.has_keys]
 
 
 def file_of(settings: Settings, endpoint: str) -> Path:

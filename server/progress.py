@@ -7,12 +7,12 @@ from tqdm import tqdm
 
 
 def conversion_progress() -> Callable[[int, int], None]:
-    """A bar for the first conversion of the base weights; nothing is shown when nothing is converted."""
+    """A bar while weights are converted or read; nothing is shown when they are mapped as they are."""
     bar: list[tqdm[Any]] = []
 
     def show(done: int, total: int) -> None:
         if not bar:
-            bar.append(tqdm(total=total, desc="converting base weights (first start only)", unit="layer"))
+            bar.append(tqdm(total=total, desc="preparing weights", unit="part"))
         bar[0].update(done - bar[0].n)
         if done == total:
             bar.pop().close()

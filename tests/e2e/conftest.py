@@ -5,12 +5,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
 
-START_TIMEOUT_S = 120
+START_TIMEOUT_S = 600  # with the conversion of the weights, on a busy machine
 
 
 class ServerProcess:
@@ -24,7 +26,12 @@ class ServerProcess:
         began = len(log.read_text()) if log.exists() else 0
         with log.open("ab") as stream:
             self.process = subprocess.Popen(command, env=variables, stdout=stream, stderr=stream)
-        self.url = self._wait_for_url(began)
+        try:
+            self.url = self._wait_for_url(began)
+        except BaseException:
+            self.process.kill()
+            self.process.wait()
+            raise
         self.client = httpx.Client(base_url=self.url, timeout=120)
 
     def _wait_for_url(self, began: int) -> str:
@@ -71,23 +78,53 @@ def shared_data(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("data")
 
 
-@pytest.fixture
-def start(shared_data, tmp_path):
-    """Starts servers that share converted weights but not keys; ends what a test leaves running."""
-    running: list[ServerProcess] = []
+@pytest.fixture(scope="session")
+def launch(shared_data):
+    """launch(folder, **environment): a server on a data folder of its own, with the converted weights of all."""
 
-    def start_server(name: str = "a", **environment: str) -> ServerProcess:
-        folder = tmp_path / name
+    def launched(folder: Path, **environment: str) -> ServerProcess:
         folder.mkdir(exist_ok=True)
         (shared_data / "cache").mkdir(exist_ok=True)
         if not (folder / "cache").exists():
             (folder / "cache").symlink_to(shared_data / "cache")
-        server = ServerProcess(folder, tmp_path / f"{name}.log", **environment)
+        return ServerProcess(folder, folder.with_suffix(".log"), **environment)
+
+    return launched
+
+
+@contextmanager
+def starting(shared_data: Path, root: Path) -> Iterator[Callable[..., ServerProcess]]:
+    """Gives start(name, **environment): servers that share converted weights but not keys; ends what still runs."""
+    running: list[ServerProcess] = []
+
+    def start_server(name: str = "a", **environment: str) -> ServerProcess:
+        folder = root / name
+        folder.mkdir(exist_ok=True)
+        (shared_data / "cache").mkdir(exist_ok=True)
+        if not (folder / "cache").exists():
+            (folder / "cache").symlink_to(shared_data / "cache")
+        server = ServerProcess(folder, root / f"{name}.log", **environment)
         running.append(server)
         return server
 
-    yield start_server
-    for server in running:
-        server.client.close()
-        if server.process.poll() is None:
-            server.end()
+    try:
+        yield start_server
+    finally:
+        for server in running:
+            server.client.close()
+            if server.process.poll() is None:
+                server.end()
+
+
+@pytest.fixture
+def start(shared_data: Path, tmp_path: Path) -> Iterator[Callable[..., ServerProcess]]:
+    """start(name, **environment), for one test."""
+    with starting(shared_data, tmp_path) as start_server:
+        yield start_server
+
+
+@pytest.fixture(scope="module")
+def start_for_module(shared_data: Path, tmp_path_factory) -> Iterator[Callable[..., ServerProcess]]:
+    """The same for all tests of a module."""
+    with starting(shared_data, tmp_path_factory.mktemp("servers")) as start_server:
+        yield start_server
