@@ -51,7 +51,7 @@ class AddedExperts:
         Retired ones are zeros: nobody finds them, but later ids count on from theirs. Raises CheckpointError for a
         file that is missing or another one, StoreCorrupted when it does not fit the key store.
         """
-        for group in self._store.expert_groups():
+        for group in self._store.experts.all():
             matrices = self._matrices_of(group)
             for layer, ids in group.expert_ids.items():
                 first, count = self._blocks[layer].experts.num_experts, _count(matrices.get(layer, {}))
@@ -72,14 +72,14 @@ class AddedExperts:
         with self._lock:
             file = read_experts(path, self._blocks)
             keys = addresses(file, self._blocks, seed)
-            known = len(self._store.expert_groups())
+            known = len(self._store.experts.all())
             keep(file, self._folder)
             before = {layer: self._blocks[layer].experts.stacked for layer in file.matrices}
             self._adopt_between_steps(self._grown(file.matrices))
             try:
-                return self._store.add_experts(name, scope, keys, file.digest)
+                return self._store.experts.add(name, scope, keys, file.digest)
             except BaseException:
-                if len(self._store.expert_groups()) == known:
+                if len(self._store.experts.all()) == known:
                     self._adopt_between_steps(before)
                 raise
 

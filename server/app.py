@@ -1,5 +1,6 @@
 """The application: routes, and the layers around every request. Starts and stops nothing."""
 
+from http import HTTPStatus
 from typing import Any, NoReturn
 
 from fastapi import FastAPI, Request
@@ -9,6 +10,7 @@ from starlette.middleware import Middleware
 
 from server.auth import Authentication
 from server.middleware import BodyLimit, RequestContext
+from server.openapi import describe, methods_at
 from server.routes import (
     admin,
     experts,
@@ -57,9 +59,13 @@ def create_app(state: ServerState) -> FastAPI:
     app.state.listeners = set[Any]()
     for router in ROUTERS:
         app.include_router(router)
+    app.openapi = lambda: describe(app)
     return app
 
 
 async def _pass_on(request: Request, error: Exception) -> NoReturn:
     """Leave every error to RequestContext, so that one place answers them all."""
+    methods = methods_at(request.app, request.url.path)
+    if isinstance(error, HTTPException) and error.status_code == HTTPStatus.METHOD_NOT_ALLOWED and methods:
+        error.headers = {"Allow": ", ".join(methods)}
     raise error

@@ -3,24 +3,21 @@
 The one place that knows every part.
 """
 
-import hashlib
 import logging
 import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from keystore.backends.data_file import make_folder
-from keystore.backends.embedded import EmbeddedBackend
-from keystore.canary import Guard
 from keystore.store import KeyStore
-from keystore.worker import ConsolidationWorker
-from model.blocks.base import BlockConfig, ExpertBlock, ExpertUsage
-from model.blocks.some import SomeBlock, SomeConfig
+from model.blocks.base import BlockConfig, ExpertUsage
 from model.checkpoints.blocks import BlockFolder, load_blocks, read_config, shipped_folder
-from model.checkpoints.load import BaseModel, find_base_file, load_base
+from model.checkpoints.hf_folder import read_routing
+from model.checkpoints.load import BaseModel, find_base_file, load_base, load_checkpoint
 from model.errors import CheckpointError
 from model.transformer import Transformer, Variant
 from server.added_experts import AddedExperts
@@ -29,9 +26,12 @@ from server.engine.engine import Engine, Observers
 from server.engine.runner import EngineRunner
 from server.engine.scheduler import SchedulerConfig
 from server.expert_files import kept_folder, plastic_blocks
+from server.key_stores import Background, open_store
+from server.own_models import anchor_keys, kind_of, own_blocks
 from server.plasticity import Teacher
 from server.registry import Endpoint, Plasticity, Registry
-from server.settings import EndpointSettings, Settings
+from server.settings import Settings
+from server.settings_endpoint import EndpointSettings
 from server.value_offsets import OffsetLimits, ValueOffsets
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class Parts:
     """Everything that was started, for whoever has to stop it."""
 
     registry: Registry
-    workers: tuple[ConsolidationWorker, ...]
+    workers: tuple[Background, ...]
     stores: tuple[KeyStore, ...]
 
     def start(self) -> None:
@@ -76,22 +76,31 @@ def build(
     threads = settings.engine.threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     make_folder(settings.data_dir)
-    on_device = {
-        device: _build_engine(settings, device, names, threads, observers, progress)
-        for device, names in _names_by_device(settings).items()
-    }
-    built = {name: endpoint for endpoints in on_device.values() for name, endpoint in endpoints.items()}
+    engines = [
+        _build_engine(settings, place, names, threads, observers, progress)
+        for place, names in _names_by_place(settings).items()
+    ]
+    built = {name: endpoint for endpoints in engines for name, endpoint in endpoints.items()}
     registry = Registry(
         {name: built[name] for name in settings.endpoints},
-        tuple(next(iter(endpoints.values())).runner for endpoints in on_device.values()),
+        tuple(next(iter(endpoints.values())).runner for endpoints in engines),
     )
-    stores = tuple(e.plasticity.store for e in registry.endpoints.values() if e.plasticity is not None)
-    return Parts(registry, tuple(ConsolidationWorker(store, time.time) for store in stores), stores)
+    plastic = [each.plasticity for each in registry.endpoints.values() if each.plasticity is not None]
+    workers = tuple(each.background for each in plastic if each.background is not None)
+    return Parts(registry, workers, tuple(each.store for each in plastic))
 
 
-def _names_by_device(settings: Settings) -> dict[torch.device, list[str]]:
-    """Endpoints by where they compute, in the order of the configuration. Raises ValueError."""
-    by_device: dict[torch.device, list[str]] = {}
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A base in memory: which one, and where it computes."""
+
+    device: torch.device
+    model: Path | None  # None: the base that comes with Libration
+
+
+def _names_by_place(settings: Settings) -> dict[Place, list[str]]:
+    """Endpoints by the base that they share, in the order of the configuration. Raises ValueError."""
+    by_place: dict[Place, list[str]] = {}
     for name, endpoint in settings.endpoints.items():
         wanted = endpoint.device or settings.engine.device
         try:
@@ -102,37 +111,33 @@ def _names_by_device(settings: Settings) -> dict[torch.device, list[str]]:
             ) from error
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"endpoint {name!r}: there is no CUDA device here; allowed: cpu")
-        by_device.setdefault(device, []).append(name)
-    return by_device
+        by_place.setdefault(Place(device, endpoint.model), []).append(name)
+    return by_place
 
 
 def _build_engine(
     settings: Settings,
-    device: torch.device,
+    place: Place,
     names: list[str],
     threads: int,
     observers: Observers,
     progress: Callable[[int, int], None],
 ) -> dict[str, Endpoint]:
-    """One base in memory and one engine for all endpoints of a device."""
+    """One base in memory and one engine for all endpoints of a place."""
     engine_settings = settings.engine
-    base = load_base(
-        find_base_file(),
-        DTYPES[engine_settings.dtype],
-        settings.data_dir / "cache",
-        str(device),
-        progress,
+    base = open_base(
+        place.model, DTYPES[engine_settings.dtype], settings.data_dir / "cache", str(place.device), progress
     )
     model = base.transformer
-    loaded = {
-        name: _load_variant(settings.endpoints[name], model)
-        for name in names
-        if settings.endpoints[name].variant != "dense"
-    }
+    loaded: dict[str, BlockFolder] = {}
+    for name in names:
+        folder = load_variant(settings.endpoints[name], base)
+        if folder is not None:
+            loaded[name] = folder
     plastic = {
         name: plastic_layers_of(settings.endpoints[name], folder.config)
         for name, folder in loaded.items()
-        if isinstance(folder.config, SomeConfig)
+        if settings.endpoints[name].has_keys
     }
     variants = {
         name: Variant(folder.blocks, ExpertUsage.of(folder.config)) for name, folder in loaded.items()
@@ -156,7 +161,7 @@ def _build_engine(
     return {
         name: Endpoint(
             name=name,
-            variant=settings.endpoints[name].variant,
+            variant=kind_of(settings.endpoints[name], loaded.get(name)),
             created=created,
             tokenizer=base.tokenizer,
             runner=runner,
@@ -166,24 +171,50 @@ def _build_engine(
             plasticity=_open_plasticity(name, settings, base, loaded[name], runner)
             if name in plastic
             else None,
+            fixed_keys=anchor_keys(loaded[name])
+            if name in loaded and name not in plastic and base.blocks
+            else None,
+            end_token_ids=base.end_token_ids,
         )
         for name in names
     }
 
 
-def _load_variant(endpoint: EndpointSettings, model: Transformer) -> BlockFolder:
-    """The endpoint's blocks on the model's device. Raises CheckpointError."""
-    folder = read_variant(endpoint, model.config.hidden_size)
+def open_base(
+    model: Path | None,
+    dtype: torch.dtype,
+    cache_dir: Path,
+    device: str = "cpu",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> BaseModel:
+    """A model of one's own, or the base that comes with Libration. Raises CheckpointError."""
+    if model is not None:
+        return load_checkpoint(model, dtype, cache_dir, device, progress)
+    return load_base(find_base_file(), dtype, cache_dir, device, progress)
+
+
+def load_variant(endpoint: EndpointSettings, base: BaseModel) -> BlockFolder | None:
+    """The endpoint's blocks on the base's device; None for a base as it is. Raises CheckpointError, ValueError."""
+    if endpoint.variant == "checkpoint":
+        return own_blocks(endpoint, base)
+    if base.blocks:
+        raise ValueError(f"{endpoint.model} has experts of its own: leave out variant {endpoint.variant!r}")
+    if endpoint.variant == "dense":
+        return None
+    folder = read_variant(endpoint, base.transformer.config.hidden_size)
     for block in folder.blocks.values():
-        block.to(model.device)
+        block.to(base.transformer.device)
     return folder
 
 
 def read_variant(endpoint: EndpointSettings, hidden_size: int | None = None) -> BlockFolder:
     """The endpoint's blocks for a base of `hidden_size` (None: whatever they are for).
 
-    Raises CheckpointError, also for blocks of another kind.
+    Of a checkpoint's own experts the routing alone. Raises CheckpointError, also for blocks of another kind.
     """
+    if endpoint.variant == "checkpoint":
+        assert endpoint.model is not None, endpoint
+        return read_routing(endpoint.model)
     path = endpoint.weights or shipped_folder(endpoint.variant)
     folder = load_blocks(path, hidden_size or read_config(path).hidden_size)
     if folder.config.kind != endpoint.variant:
@@ -206,10 +237,9 @@ def _open_plasticity(
     name: str, settings: Settings, base: BaseModel, folder: BlockFolder, runner: EngineRunner
 ) -> Plasticity:
     endpoint = settings.endpoints[name]
-    guard = make_guard(settings.guard, base, folder.blocks, plastic_layers_of(endpoint, folder.config))
-    backend = EmbeddedBackend(settings.data_dir / "keys" / f"keys-{name}.sqlite3")
-    store = open_key_store(name, settings, folder, backend, guard)
     layers = plastic_layers_of(endpoint, folder.config)
+    guard = make_guard(settings.guard, base, folder.blocks, layers)
+    store, worker = open_store(name, settings, folder, layers, guard)
     experts = AddedExperts(
         store,
         plastic_blocks(folder.blocks, layers),
@@ -226,8 +256,8 @@ def _open_plasticity(
     offsets = None
     if endpoint.value_offsets.enabled:
         offsets = _value_offsets(settings, endpoint, base.transformer)
-        store.subscribe_replaced(offsets.drop)
-    return Plasticity(store, teacher, experts, endpoint.plasticity, endpoint.learn_scope, offsets)
+        store.news.replaced.add(offsets.drop)
+    return Plasticity(store, teacher, experts, endpoint.plasticity, endpoint.learn_scope, offsets, worker)
 
 
 def _value_offsets(settings: Settings, endpoint: EndpointSettings, model: Transformer) -> ValueOffsets:
@@ -237,41 +267,3 @@ def _value_offsets(settings: Settings, endpoint: EndpointSettings, model: Transf
         wanted.rate, wanted.bound, window_tokens, sessions.max_sessions, sessions.session_ttl_s
     )
     return ValueOffsets(model, limits)
-
-
-def open_key_store(
-    name: str, settings: Settings, folder: BlockFolder, backend: EmbeddedBackend, guard: Guard | None = None
-) -> KeyStore:
-    """An endpoint's keys on the anchors in its blocks; raises as KeyStore does, and ValueError."""
-    anchors = {
-        layer: block.anchors.detach().float().cpu().numpy()
-        for layer, block in folder.blocks.items()
-        if isinstance(block, SomeBlock)
-    }
-    endpoint, limits = settings.endpoints[name], settings.key_store
-    return KeyStore(
-        _model_id(folder.blocks),
-        anchors,
-        endpoint.gravity.config(),
-        backend,
-        num_experts_per_tok=folder.config.num_experts_per_tok,
-        plastic_layers=plastic_layers_of(endpoint, folder.config),
-        queue_size=limits.queue_windows,
-        versions_in_memory=limits.versions_in_memory,
-        versions_on_disk=limits.versions_on_disk,
-        max_sessions=limits.max_sessions,
-        session_ttl_s=limits.session_ttl_s,
-        session_eviction=limits.session_eviction,
-        exact_limit=limits.exact_limit,
-        guard=guard,
-    )
-
-
-def _model_id(blocks: dict[int, ExpertBlock]) -> str:
-    """A fingerprint of the frozen blocks: keys learned for other experts must never be adopted."""
-    digest = hashlib.sha256()
-    for layer in sorted(blocks):
-        for name, parameter in blocks[layer].named_parameters():
-            digest.update(f"{layer}.{name}".encode())
-            digest.update(parameter.detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]

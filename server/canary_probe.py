@@ -112,9 +112,7 @@ class CanaryProbe:
         normed = F.rms_norm(hidden, model.final_norm.shape, model.final_norm, model.config.rms_norm_eps)
         return torch.cat(
             [
-                F.cross_entropy(
-                    F.linear(rows.to(model.dtype), model.embedding).float(), wanted, reduction="none"
-                )
+                F.cross_entropy(F.linear(rows.to(model.dtype), model.head).float(), wanted, reduction="none")
                 for rows, wanted in zip(normed.split(ROWS_A_HEAD), targets.split(ROWS_A_HEAD), strict=True)
             ]
         )

@@ -22,13 +22,19 @@ from keystore.errors import (
     ModelMismatch,
     NonFiniteQueries,
     SnapshotExists,
+    StoreUnavailable,
     UnknownExpertGroup,
     VersionConflict,
     WrongGroupState,
 )
 from model.errors import ChatTemplateError, InvalidExpertFile
 from server import refusals
-from server.engine.errors import ContextLengthExceeded, EngineDraining, EngineOverloaded
+from server.engine.errors import (
+    AnswerTooComplex,
+    ContextLengthExceeded,
+    EngineDraining,
+    EngineOverloaded,
+)
 from server.feedback import UnknownAnswer
 from server.registry import (
     FlowStepsUnavailable,
@@ -96,7 +102,12 @@ TABLE: tuple[tuple[type[Exception], Problem], ...] = (
         refusals.TooManyListeners,
         Problem(503, "server_error", "server_overloaded", headers={"Retry-After": "30"}),
     ),
+    (
+        refusals.TooManyCompilations,
+        Problem(503, "server_error", "server_overloaded", headers={"Retry-After": "5"}),
+    ),
     (ContextLengthExceeded, _invalid("context_length_exceeded")),
+    (AnswerTooComplex, _invalid("invalid_value")),
     (EngineOverloaded, Problem(503, "server_error", "server_overloaded")),
     (EngineDraining, Problem(503, "server_error", "draining", headers={"Retry-After": str(DRAIN_RETRY_S)})),
     (UnknownEndpoint, _invalid("model_not_found", 404)),
@@ -120,9 +131,11 @@ TABLE: tuple[tuple[type[Exception], Problem], ...] = (
     (ExpertGroupExists, Problem(409, "conflict_error", "conflict", headers=NO_RETRY)),
     (WrongGroupState, Problem(409, "conflict_error", "conflict", headers=NO_RETRY)),
     (SnapshotExists, Problem(409, "conflict_error", "conflict", headers=NO_RETRY)),
+    (StoreUnavailable, Problem(503, "server_error", "store_unavailable", headers={"Retry-After": "5"})),
     (VersionConflict, Problem(409, "conflict_error", "conflict", headers=NO_RETRY)),
 )  # fmt: skip
 PARAMS: dict[type[Exception], str] = {
+    AnswerTooComplex: "response_format",
     UnknownEndpoint: "model",
     UnknownAnswer: "id",
     PlasticityUnavailable: "plasticity",

@@ -6,7 +6,8 @@ from typing import Literal
 from starlette.requests import Request
 from starlette.types import Scope
 
-from server.learning_budget import LearningBudget
+from server.budgets import Budget
+from server.generation import PlasticityMode
 
 Level = Literal["public", "user", "admin"]
 EXCHANGE = "exchange"
@@ -18,7 +19,9 @@ class Caller:
 
     tenant: str
     level: Level
-    budget: LearningBudget | None = None  # of the API key; None: it may teach without limit
+    budget: Budget | None = None  # of tokens to teach with; None: without limit
+    rate: Budget | None = None  # of requests; None: without limit
+    plasticity: PlasticityMode | None = None  # for requests that do not say; None: the endpoint's
 
 
 @dataclass(slots=True)

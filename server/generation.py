@@ -10,11 +10,12 @@ from typing import Literal
 
 import numpy as np
 
+from model.grammar import Grammar
 from model.keys import KeyView
 from model.sampling import SamplingParams
 from model.tokenizer import TextTokenizer
 from server.answer_text import AnswerText, TextDelta
-from server.engine.errors import GenerationFailed
+from server.engine.errors import AnswerTooComplex, GenerationFailed
 from server.engine.mailbox import Mailbox
 from server.engine.renewal import KeySpan
 from server.engine.runner import EngineRunner
@@ -39,6 +40,7 @@ class GenerationRequest:
     routed_experts: RoutedRows | None = None  # what the prompt's leading tokens take, as an answer told it
     value_offsets: bool = False  # read, and with "learn" move, what the session adds to the experts
     within_request: bool = False  # go on, window by window, with what the prompt has taught so far
+    grammar: Grammar | None = None  # what the answer must be; None: anything
     report: Report = field(default_factory=Report)
 
 
@@ -81,7 +83,7 @@ class Generation:
     async def deltas(self) -> AsyncIterator[TextDelta]:
         """Text as it is written, ending with the delta that has a finish reason.
 
-        Raises GenerationFailed when the engine gives up on the sequence.
+        Raises GenerationFailed when the engine gives up on the sequence, and AnswerTooComplex.
         """
         finished = False
         try:
@@ -92,6 +94,12 @@ class Generation:
                 if event.finish_reason in ("error", "cancelled"):
                     finished = True
                     raise GenerationFailed("the engine gave up on this request")
+                if event.finish_reason == "too_complex":
+                    finished = True
+                    raise AnswerTooComplex(
+                        "the answer was given up: to follow 'response_format' takes more states or work than is "
+                        "allowed; simpler patterns and fewer choices help"
+                    )
                 delta = self._text.read(event)
                 self._generated += len(delta.token_ids)
                 self._routed.extend(event.routed)

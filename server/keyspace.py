@@ -94,12 +94,12 @@ def retired_experts(store: KeyStore, layer: int) -> Int64Array:
 
 def born_experts(store: KeyStore, layer: int) -> int:
     """How many experts the layer had before any were added."""
-    groups = store.expert_groups()
+    groups = store.experts.all()
     return len(anchors_of(store)[layer]) - sum(len(group.expert_ids.get(layer, ())) for group in groups)
 
 
 def _ids_in(store: KeyStore, layer: int, state: GroupState) -> Int64Array:
-    groups = [group for group in store.expert_groups() if group.state == state and layer in group.expert_ids]
+    groups = [group for group in store.experts.all() if group.state == state and layer in group.expert_ids]
     return np.concatenate([np.empty(0, np.int64), *(group.expert_ids[layer] for group in groups)])
 
 

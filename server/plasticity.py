@@ -79,8 +79,8 @@ class Teacher:
         self._open: OrderedDict[ScopeId, OpenWindow] = OrderedDict()
         self._epochs = WeakValueDictionary[ScopeId, Epoch]()  # of those that are teaching
         self._lock = threading.RLock()
-        store.subscribe_deleted(self.discard)
-        store.subscribe_replaced(self.discard)
+        store.news.deleted.add(self.discard)
+        store.news.replaced.add(self.discard)
         self.background = BackgroundWork(self._count_failed) if gravity.rule == "gradient" else None
 
     def lesson_taker(self, scope: ScopeId) -> Callable[[Lesson], None]:
@@ -123,7 +123,7 @@ class Teacher:
     ) -> None:
         """Hand the lesson's rows to `then`: now or, with gradient credit, in their turn; None if dropped and counted."""
         if self.background is None:
-            then(self._crediting.rows(lesson, reward, self._store.settling_ids(scope)))
+            then(self._crediting.rows(lesson, reward, self._store.experts.settling_ids(scope)))
         elif not self.background.put(lambda: then(self._rows_in_turn(scope, lesson, reward))):
             self._store.count_dropped("credit_behind")
             then(None)
@@ -204,7 +204,7 @@ class Teacher:
 
     def _rows_in_turn(self, scope: ScopeId, lesson: Lesson, reward: float) -> RowsByLayer | None:
         try:
-            return self._crediting.rows(lesson, reward, self._store.settling_ids(scope))
+            return self._crediting.rows(lesson, reward, self._store.experts.settling_ids(scope))
         except LessonOutOfTurn:
             self._store.count_dropped("credit_behind")
         except Exception:

@@ -12,8 +12,9 @@ RequestError
 ├── BodyTooSlow           the body did not arrive in time
 ├── UnsupportedMediaType  the body is not declared as JSON
 ├── Conflict              the request contradicts what is already so
-├── OverBudget            the API key has used up what it may teach
+├── OverBudget            the API key has used up what it may ask, or teach, for now
 ├── TooManyListeners      the event streams that the server bears are taken
+├── TooManyCompilations   schemas of other requests are waiting to be compiled
 └── NotServing            the server cannot answer now; the message says why
 """
 
@@ -80,6 +81,10 @@ class OverBudget(RequestError):
 
 class TooManyListeners(RequestError):
     """Come back when one has left."""
+
+
+class TooManyCompilations(RequestError):
+    """Come back in a moment."""
 
 
 class NotServing(RequestError):

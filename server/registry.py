@@ -12,6 +12,7 @@ from keystore.records import ScopeId
 from keystore.store import KeyStore
 from model.blocks.base import ExpertUsage
 from model.keys import KeyView
+from model.sampling import SamplingParams
 from model.tokenizer import TextTokenizer
 from server.added_experts import AddedExperts
 from server.engine.errors import ContextLengthExceeded
@@ -19,6 +20,7 @@ from server.engine.renewal import KeyRenewal, KeySpan
 from server.engine.runner import EngineRunner
 from server.engine.sequence import Lesson, RoutedRows, Sequence
 from server.generation import Generation, GenerationRequest, KeyUse, PlasticityMode, open_mailbox
+from server.key_stores import Background
 from server.plasticity import Teacher
 from server.prompt_windows import learn_within
 from server.value_offsets import Session, ValueOffsets
@@ -64,6 +66,7 @@ class Plasticity:
     default: PlasticityMode
     learn_scope: Literal["tenant", "global"] = "tenant"
     value_offsets: ValueOffsets | None = None  # None: the endpoint does not offer them
+    background: Background | None = None  # what keeps the keys moving; None: whoever consolidates by hand
 
     def scope_of(self, tenant: str, session_id: str | None = None) -> ScopeId:
         """Whose keys a request reads and teaches. Raises InvalidConfig on a name that is none."""
@@ -94,6 +97,8 @@ class Endpoint:
     eos_token_id: int
     usage: ExpertUsage | None
     plasticity: Plasticity | None
+    fixed_keys: KeyView | None = None  # of experts that are found by keys which never move
+    end_token_ids: frozenset[int] = frozenset()  # tokens that end an answer beside eos_token_id
 
     def start(self, request: GenerationRequest) -> Generation:
         """Queue a request. Needs a running event loop.
@@ -144,7 +149,7 @@ class Endpoint:
         sequence = Sequence(
             sequence_id=request.request_id,
             prompt_token_ids=request.prompt_token_ids,
-            params=request.params,
+            params=self._with_ends(request.params),
             endpoint=self.name,
             variant=None if self.variant == "dense" else self.name,
             keys=keys,
@@ -154,6 +159,7 @@ class Endpoint:
             arrived_at=time.monotonic(),
             flow_steps=request.flow_steps,
             report=request.report,
+            grammar=None if request.grammar is None else request.grammar.begin(),
             forced=request.routed_experts,
             offsets=None if session is None or keys is None else session.newest(keys),
             newest_offsets=None if session is None else session.newest,
@@ -162,6 +168,12 @@ class Endpoint:
         return sequence, Generation(
             self.runner, sequence, mailbox, self.tokenizer, request.stop, use, request.report
         )
+
+    def _with_ends(self, params: SamplingParams) -> SamplingParams:
+        """The request's own, and every token that ends this model's answers."""
+        if params.ignore_eos or not self.end_token_ids:
+            return params
+        return replace(params, stop_token_ids=params.stop_token_ids | self.end_token_ids)
 
     def _check_prescribed(self, expert_ids: RoutedRows, prompt_tokens: int, keys: KeyView | None) -> None:
         if self.usage is None or self.variant in ("mom", "ffn"):
@@ -199,7 +211,7 @@ class Endpoint:
                 raise PlasticityUnavailable(
                     f"endpoint {self.name!r} has no routing keys: 'plasticity' and 'key_version' do not apply"
                 )
-            return KeyUse(None, None, "off", 0), None, None
+            return KeyUse(None, None, "off", 0), self.fixed_keys, None
         mode = request.plasticity or self.plasticity.default
         if request.key_version is not None and mode == "learn":
             if request.plasticity == "learn":

@@ -10,8 +10,9 @@ import torch
 
 from keystore.errors import KeyStoreError
 from model.errors import ModelError
+from server.api_key_file import FILE_NAME, digest_of
 from server.app import create_app
-from server.auth import ApiKey, ApiKeys
+from server.auth import ApiKey, ApiKeys, StoredApiKeys
 from server.build import Parts, build
 from server.feedback import AnswerMemory
 from server.logs import configure_logging
@@ -34,8 +35,8 @@ def serve_until_signal(settings: Settings, started: float, processors: set[int])
     metrics = Metrics()
     try:
         api_keys = ApiKeys(
-            ApiKey.of(k.secret(), k.tenant, k.level, k.learned_tokens_per_hour)
-            for k in settings.server.api_keys
+            (ApiKey.limited(digest_of(each.secret()), each) for each in settings.server.api_keys),
+            StoredApiKeys(settings.data_dir / FILE_NAME),
         )
         parts = build(settings, metrics.observers(), conversion_progress())
     except (ModelError, KeyStoreError, OSError, ValueError) as error:
@@ -54,7 +55,7 @@ def serve_until_signal(settings: Settings, started: float, processors: set[int])
         experts_dir=settings.experts_folder,
         api_keys=api_keys,
         answers=AnswerMemory(settings.feedback.keep_s, settings.feedback.keep_answers),
-        degraded=lambda: _degraded(parts),
+        degraded=lambda: [*_degraded(parts), *_faults(api_keys)],
         max_body_bytes=settings.server.max_body_bytes,
         public_metrics=settings.server.on_loopback,
     )
@@ -77,3 +78,7 @@ def _degraded(parts: Parts) -> list[str]:
         for name, endpoint in parts.registry.endpoints.items()
         if endpoint.plasticity is not None and endpoint.plasticity.store.degraded
     ]
+
+
+def _faults(api_keys: ApiKeys) -> list[str]:
+    return [] if api_keys.fault is None else [f"API key file: {api_keys.fault}"]

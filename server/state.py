@@ -8,6 +8,7 @@ from starlette.requests import Request
 
 from server.auth import ApiKeys
 from server.feedback import AnswerMemory
+from server.grammars import Grammars
 from server.metrics import Metrics
 from server.registry import Registry
 
@@ -29,6 +30,7 @@ class ServerState:
     experts_dir: Path  # files of experts that may be added, put there by hand
     api_keys: ApiKeys = field(default_factory=ApiKeys)
     answers: AnswerMemory = field(default_factory=AnswerMemory)
+    grammars: Grammars = field(default_factory=Grammars)
     degraded: Callable[[], list[str]] = _none_degraded  # what else works badly, in words; shown by readiness
     max_body_bytes: int = 2 * 1024 * 1024
     receive_timeout_s: float = 10.0

@@ -6,18 +6,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model.errors import GrammarExhausted
 from model.logprobs import TokenScore, score_tokens
 from model.sampling import adjust, sample
-from server.engine.sequence import Sequence
+from server.engine.sequence import FinishReason, Sequence
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A sequence's next token; None where the logits are not finite."""
+    """A sequence's next token, or None and why there is none: `error` where the logits are not finite."""
 
     sequence: Sequence
     token_id: int | None
     scores: tuple[TokenScore, ...] = ()
+    failure: FinishReason = "error"
 
 
 def choose(sequences: list[Sequence], logits: Tensor) -> Iterator[Choice]:
@@ -28,17 +30,29 @@ def choose(sequences: list[Sequence], logits: Tensor) -> Iterator[Choice]:
         if not sane[i]:
             yield Choice(sequence, None)
             continue
-        token_id = _next_token(sequence, logits[i], greedy[i])
+        try:
+            token_id = _next_token(sequence, logits[i], greedy[i])
+        except GrammarExhausted:
+            yield Choice(sequence, None, failure="too_complex")
+            continue
         yield Choice(sequence, token_id, _scores(sequence, logits[i], token_id))
 
 
 def _next_token(sequence: Sequence, logits: Tensor, likeliest: int) -> int:
-    params = sequence.params
+    """`likeliest` is what the logits (V) themselves say. Raises GrammarExhausted."""
+    params, wanted = sequence.params, logits
     if params.adjusted:
         assert sequence.prompt_ids is not None, sequence.sequence_id
-        logits = adjust(logits, params, sequence.prompt_ids, sequence.generated, sequence.eos_token_id)
-        likeliest = int(logits.argmax()) if sequence.generator is None else likeliest
-    return likeliest if sequence.generator is None else sample(logits, params, sequence.generator)
+        wanted = adjust(wanted, params, sequence.prompt_ids, sequence.generated, sequence.eos_token_id)
+    if sequence.grammar is not None:
+        wanted = sequence.grammar.constrain(wanted)
+    if sequence.generator is not None:
+        token_id = sample(wanted, params, sequence.generator)
+    else:
+        token_id = likeliest if wanted is logits else int(wanted.argmax())
+    if sequence.grammar is not None:
+        sequence.grammar.accept(token_id)
+    return token_id
 
 
 def _scores(sequence: Sequence, logits: Tensor, token_id: int) -> tuple[TokenScore, ...]:

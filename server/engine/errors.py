@@ -4,6 +4,7 @@ EngineError
 ├── ContextLengthExceeded   prompt and max_tokens do not fit the model's context
 ├── EngineOverloaded        the queue is full; try again later
 ├── EngineDraining          the server is shutting down
+├── AnswerTooComplex        to follow the response_format came to take too much
 └── GenerationFailed        a step failed under this sequence
 """
 
@@ -33,6 +34,10 @@ class EngineOverloaded(EngineError):
 
 class EngineDraining(EngineError):
     """The server is shutting down and takes no new requests."""
+
+
+class AnswerTooComplex(EngineError):
+    """The schema is such that following it through this answer takes more than is allowed."""
 
 
 class GenerationFailed(EngineError):

@@ -9,13 +9,14 @@ import torch
 from numpy.typing import NDArray
 
 from model.blocks.base import RoutingTrace
+from model.grammar import GrammarState
 from model.keys import KeyView
 from model.kv_cache import SequenceCache
 from model.logprobs import TokenScore
 from model.sampling import SamplingParams
 from server.engine.renewal import KeyRenewal
 
-FinishReason = Literal["stop", "length", "cancelled", "error"]
+FinishReason = Literal["stop", "length", "cancelled", "too_complex", "error"]
 RoutedRows = NDArray[np.uint8 | np.uint16]  # (tokens, routed layers, K): expert ids
 
 
@@ -69,6 +70,7 @@ class Sequence:
     arrived_at: float
     flow_steps: int | None = None  # of flow-matching experts; None: the variant's own
     report: Report = Report()
+    grammar: GrammarState | None = None  # of what may be written; None: anything
     forced: RoutedRows | None = (
         None  # experts of the prompt's leading tokens, in place of the router's choice
     )
