@@ -22,6 +22,7 @@ import httpx
 import psutil
 
 PROMPT_TOKENS, NEW_TOKENS, LONG_PROMPT = 64, 64, 512
+START_TIMEOUT_S = 300
 MODES = {
     "some, learning": {"model": "some", "plasticity": "learn"},
     "some, learning off": {"model": "some", "plasticity": "off"},
@@ -48,12 +49,20 @@ class LibrationServer:
         self._log = (folder / "server.log").open("wb")
         command = [sys.executable, "-m", "server.cli", "serve", "--port", "0"]
         self.process = subprocess.Popen(command, env=environment, stderr=self._log)
-        started = time.monotonic()
-        while (url := self._url(folder / "server.log")) is None:
-            assert self.process.poll() is None, (folder / "server.log").read_text()
-            assert time.monotonic() - started < 120, "the server did not start"
+        try:
+            self.client = httpx.AsyncClient(base_url=self._started(folder / "server.log"), timeout=300)
+        except BaseException:
+            self.process.kill()
+            raise
+
+    def _started(self, log: Path) -> str:
+        """The server's address, once it listens: the first start converts the model and compiles."""
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while (url := self._url(log)) is None:
+            assert self.process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, "the server did not start"
             time.sleep(0.05)
-        self.client = httpx.AsyncClient(base_url=url, timeout=300)
+        return url
 
     @staticmethod
     def _url(log: Path) -> str | None:

@@ -14,6 +14,9 @@ from model.config import ModelConfig
 from model.kv_cache import SequenceCache
 from model.threads import one_thread
 
+# A sequence's rows in a batch: first row, rows, first position, cache, mask.
+AttentionSpan = tuple[int, int, int, SequenceCache, Tensor | None]
+
 SHORT_CONTEXT = 512  # positions up to which one thread attends faster than two that wait for each other
 
 
@@ -21,6 +24,8 @@ def rope_table(config: ModelConfig, device: torch.device) -> tuple[Tensor, Tenso
     """cos and sin of every position, each (max_position_embeddings, head_dim / 2), float32."""
     half = config.head_dim // 2
     inverse = 1.0 / (config.rope_theta ** (torch.arange(half, dtype=torch.float32, device=device) / half))
+    if config.rope_divisors:
+        inverse = inverse / torch.tensor(config.rope_divisors, dtype=torch.float32, device=device)
     positions = torch.arange(config.max_position_embeddings, dtype=torch.float32, device=device)
     angles = torch.outer(positions, inverse)
     return angles.cos(), angles.sin()
@@ -49,11 +54,11 @@ def attend_cached(
     key: Tensor,
     value: Tensor,
     layer: int,
-    spans: Sequence[tuple[int, int, int, SequenceCache, Tensor | None]],
+    spans: Sequence[AttentionSpan],
 ) -> Tensor:
     """Attention of every sequence's rows over its own cache, which takes in their keys and values first.
 
-    query (R, Q, D), key and value (R, G, D); a span is (first row, rows, first position, cache, mask).
+    query (R, Q, D), key and value (R, G, D).
     Each sequence is computed by itself, so its result does not depend on its neighbours in the batch.
     Returns (R, Q * D); rows outside every span are zero.
     """
@@ -70,7 +75,7 @@ def _attend_one(
     key: Tensor,
     value: Tensor,
     layer: int,
-    span: tuple[int, int, int, SequenceCache, Tensor | None],
+    span: AttentionSpan,
     attended: Tensor,
 ) -> None:
     """One sequence's rows: keys and values into its cache, results into its rows of `attended`."""

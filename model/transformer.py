@@ -15,12 +15,14 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.attention import attend_cached, causal_mask, rope_table, rotate
+from model.attention import AttentionSpan, attend_cached, causal_mask, rope_table, rotate
 from model.blocks.base import BlockSpan, ExpertBlock, ExpertUsage, RoutingTrace
 from model.config import ModelConfig
 from model.keys import KeyView
 from model.kv_cache import SequenceCache
+from model.native.decoder import Decoder
 from model.projection import Projection
+from model.qk_norm import QkNorm
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -31,14 +33,18 @@ EXACT_LOGITS = 16
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One decoder layer. Fused projections: qkv (Q + 2G heads, H), gate_up (2 * intermediate, H)."""
+    """One decoder layer. Fused projections: qkv (Q + 2G heads, H), gate_up (2 * intermediate, H).
+
+    A layer without an FFN of its own, whose last three are None, has a routed one behind it: an expert block.
+    """
 
     input_norm: Tensor
     qkv_proj: Projection
     o_proj: Projection
-    post_attention_norm: Tensor
-    gate_up_proj: Projection
-    down_proj: Projection
+    post_attention_norm: Tensor | None
+    gate_up_proj: Projection | None
+    down_proj: Projection | None
+    qk_norm: QkNorm | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,17 +72,37 @@ class Segment:
     offsets: Mapping[int, Tensor] | None = None  # the session's value offsets (E, H) by layer
 
 
+@dataclass(slots=True)
+class BlockRows:
+    """Consecutive rows of one variant in a batch, all being written or none: so no row's way hangs on another's."""
+
+    variant: Variant
+    first: int
+    end: int
+    written: bool
+    spans: list[BlockSpan]
+
+
 class Transformer:
-    """A Llama-family decoder with tied embeddings."""
+    """A Llama-family decoder."""
 
     def __init__(
-        self, config: ModelConfig, embedding: Tensor, layers: Sequence[LayerWeights], final_norm: Tensor
+        self,
+        config: ModelConfig,
+        embedding: Tensor,
+        layers: Sequence[LayerWeights],
+        final_norm: Tensor,
+        head: Tensor | None = None,  # (V, H); None: tied to the embedding
+        decoder: Decoder
+        | None = None,  # the way of written rows, of the same weights; None: that of all rows
     ):
         assert len(layers) == config.num_hidden_layers, (len(layers), config.num_hidden_layers)
         self.config = config
         self.embedding = embedding
+        self.head = embedding if head is None else head
         self.layers = tuple(layers)
         self.final_norm = final_norm
+        self.decoder = decoder
         self.cos, self.sin = rope_table(config, embedding.device)
 
     @property
@@ -94,26 +120,48 @@ class Transformer:
         Decoding segments come first, and segments of one variant beside each other; each one's cache takes in
         its keys and values.
         """
+        count = 0
+        if self.decoder is not None or self.layers[0].qkv_proj.int4 is not None:
+            count = sum(1 for _ in itertools.takewhile(lambda segment: segment.decode, segments))
+            assert not any(s.decode for s in segments[count:]), "decoding segments come first"
+        parts = [self._write(segments[:count])] if count else []
+        if count < len(segments):
+            parts.append(self._read(segments[count:]))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _write(self, segments: Sequence[Segment]) -> Tensor:
+        """`step` of sequences that are being written, a token each, in the form of the weights for few rows."""
+        if self.decoder is None:
+            return self._read(segments, written=True)
+        hidden = self.embed(torch.tensor([segment.token_ids[0] for segment in segments], device=self.device))
+        positions = [segment.start for segment in segments]
+        caches = [segment.cache for segment in segments]
+        groups = _plan_blocks(segments)
+        done = 0
+        for index in sorted({layer for group in groups for layer in group.variant.blocks}):
+            self.decoder.layers(done, index + 1, hidden, positions, caches)
+            _run_blocks(hidden, index, groups)
+            done = index + 1
+        self.decoder.layers(done, len(self.layers), hidden, positions, caches)
+        return hidden
+
+    def _read(self, segments: Sequence[Segment], *, written: bool = False) -> Tensor:
+        """`step` of any rows; those that are `written` take the 4-bit products."""
         token_ids = [token for segment in segments for token in segment.token_ids]
         positions = [segment.start + i for segment in segments for i in range(len(segment.token_ids))]
-        decode_rows = self._decode_rows(segments)
-        padding = [0] * (-(len(token_ids) - decode_rows) % ROW_MULTIPLE[self.dtype])
+        padding = [0] * (0 if written else -len(token_ids) % ROW_MULTIPLE[self.dtype])
         rope = self.rope_at(torch.tensor(positions + padding, device=self.device))
         hidden = self.embed(torch.tensor(token_ids + padding, device=self.device))
-        spans, groups = self._plan(segments)
+        spans, groups = self._plan_attention(segments), _plan_blocks(segments)
         for index, layer in enumerate(self.layers):
             hidden = self.layer(
                 hidden,
                 layer,
                 rope,
                 lambda q, k, v, index=index: attend_cached(q, k, v, index, spans),
-                decode_rows,
+                written=written,
             )
-            for variant, first, end, block_spans in groups:
-                block = variant.blocks.get(index)
-                if block is not None:
-                    rows = hidden[first:end]
-                    rows += block.serve(rows, index, block_spans, variant.usage)
+            _run_blocks(hidden, index, groups)
         return hidden[: len(token_ids)]
 
     def embed(self, token_ids: Tensor) -> Tensor:
@@ -126,40 +174,43 @@ class Transformer:
         weights: LayerWeights,
         rope: tuple[Tensor, Tensor],
         attend: Attend,
-        decode_rows: int = 0,
+        *,
+        written: bool = False,
     ) -> Tensor:
-        """One decoder layer over rows (R, H) float32; `attend` maps rotated q, k and v (R, heads, D) to (R, H).
-
-        The first `decode_rows` take the 4-bit products.
-        """
+        """One decoder layer over rows (R, H) float32; `attend` maps rotated q, k and v (R, heads, D) to (R, H)."""
         config = self.config
         normed = self._norm(hidden, weights.input_norm)
-        qkv = weights.qkv_proj(normed, decode_rows)
+        qkv = weights.qkv_proj(normed, written=written)
         sizes = [config.query_size + config.key_value_size, config.key_value_size]
         qk, v = (part.unflatten(1, (-1, config.head_dim)) for part in qkv.split(sizes, dim=1))
+        qk = qk if weights.qk_norm is None else weights.qk_norm(qk)
         q, k = rotate(qk, *rope).split([config.num_attention_heads, config.num_key_value_heads], dim=1)
-        hidden = hidden + weights.o_proj(attend(q, k, v), decode_rows)
+        hidden = hidden + weights.o_proj(attend(q, k, v), written=written)
+        if weights.post_attention_norm is None or weights.gate_up_proj is None or weights.down_proj is None:
+            return hidden
         normed = self._norm(hidden, weights.post_attention_norm)
-        gate, up = weights.gate_up_proj(normed, decode_rows).chunk(2, dim=1)
-        return hidden + weights.down_proj(F.silu(gate) * up, decode_rows)
+        gate, up = weights.gate_up_proj(normed, written=written).chunk(2, dim=1)
+        return hidden + weights.down_proj(F.silu(gate) * up, written=written)
 
     @torch.inference_mode()
-    def logits(self, hidden: Tensor, wanted: Tensor | None = None) -> Tensor:
-        """Next-token logits of some rows: (n, H) -> (n, V) float32.
+    def logits(self, hidden: Tensor, wanted: Tensor | None = None, *, written: bool = False) -> Tensor:
+        """Next-token logits of some rows: (n, H) -> (n, V) float32; `written`: of sequences that are being written.
 
         bfloat16 rounds logits near 25 to eighths, which ties the best tokens; the likeliest, and for each row a
-        token that is `wanted` (n), are computed again in float32.
+        token that is `wanted` (n), are computed again in float32. Compiled code's need none of that.
         """
+        if written and self.decoder is not None:
+            return self.decoder.logits(hidden)
         count = len(hidden)
         padding = -count % ROW_MULTIPLE[self.dtype]
         hidden = F.pad(hidden, (0, 0, 0, padding))
         normed = F.rms_norm(hidden, self.final_norm.shape, self.final_norm, self.config.rms_norm_eps)
-        logits = F.linear(normed.to(self.dtype), self.embedding).float()
+        logits = F.linear(normed.to(self.dtype), self.head).float()
         if self.dtype != torch.float32:
             again = logits.topk(EXACT_LOGITS, dim=1).indices  # (n, EXACT_LOGITS)
             if wanted is not None:
                 again = torch.cat((again, F.pad(wanted, (0, padding)).unsqueeze(1)), dim=1)
-            exact = (self.embedding[again].float() * normed.unsqueeze(1)).sum(-1)
+            exact = (self.head[again].float() * normed.unsqueeze(1)).sum(-1)
             logits.scatter_(1, again, exact)
         return logits[:count]
 
@@ -169,47 +220,54 @@ class Transformer:
     def _norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(hidden, weight.shape, weight, self.config.rms_norm_eps).to(self.dtype)
 
-    def _decode_rows(self, segments: Sequence[Segment]) -> int:
-        """How many leading rows take the 4-bit products: those being written, if this model has such products."""
-        if self.layers[0].qkv_proj.int4 is None:
-            return 0
-        leading = list(itertools.takewhile(lambda segment: segment.decode, segments))
-        assert not any(s.decode for s in segments[len(leading) :]), "decoding segments come first"
-        return sum(len(segment.token_ids) for segment in leading)
-
-    def _plan(
-        self, segments: Sequence[Segment]
-    ) -> tuple[
-        list[tuple[int, int, int, SequenceCache, Tensor | None]],
-        list[tuple[Variant, int, int, list[BlockSpan]]],
-    ]:
-        """Where each segment's rows lie, for attention; and each variant's rows, for its blocks."""
-        spans: list[tuple[int, int, int, SequenceCache, Tensor | None]] = []
-        groups: list[tuple[Variant, int, int, list[BlockSpan]]] = []
+    def _plan_attention(self, segments: Sequence[Segment]) -> list[AttentionSpan]:
+        """Where each segment's rows lie."""
+        spans: list[AttentionSpan] = []
         row = 0
         for segment in segments:
             length = len(segment.token_ids)
             mask = causal_mask(segment.start, length, self.dtype, self.device)
             spans.append((row, length, segment.start, segment.cache, mask))
-            if segment.variant is not None:
-                if not groups or groups[-1][0] is not segment.variant or groups[-1][2] != row:
-                    groups.append((segment.variant, row, row, []))
-                variant, first, _, members = groups.pop()
-                members.append(
-                    BlockSpan(
-                        first=row - first,
-                        end=row - first + length,
-                        start=segment.start,
-                        keys=segment.keys,
-                        trace=segment.trace,
-                        decode=segment.decode,
-                        state=segment.cache.block_states,
-                        flow_steps=segment.flow_steps,
-                        routed=segment.routed,
-                        forced=segment.forced,
-                        offsets=segment.offsets,
-                    )
-                )
-                groups.append((variant, first, row + length, members))
             row += length
-        return spans, groups
+        return spans
+
+
+def _plan_blocks(segments: Sequence[Segment]) -> list[BlockRows]:
+    """Each variant's rows, those that are being written apart."""
+    groups: list[BlockRows] = []
+    row = 0
+    for segment in segments:
+        length = len(segment.token_ids)
+        if segment.variant is not None:
+            last = groups[-1] if groups else None
+            alike = last and (last.variant, last.end, last.written) == (segment.variant, row, segment.decode)
+            if not alike:
+                groups.append(BlockRows(segment.variant, row, row, segment.decode, []))
+            group = groups[-1]
+            group.spans.append(
+                BlockSpan(
+                    first=row - group.first,
+                    end=row - group.first + length,
+                    start=segment.start,
+                    keys=segment.keys,
+                    trace=segment.trace,
+                    decode=segment.decode,
+                    state=segment.cache.block_states,
+                    flow_steps=segment.flow_steps,
+                    routed=segment.routed,
+                    forced=segment.forced,
+                    offsets=segment.offsets,
+                )
+            )
+            group.end = row + length
+        row += length
+    return groups
+
+
+def _run_blocks(hidden: Tensor, layer: int, groups: Sequence[BlockRows]) -> None:
+    """Add what a layer's blocks contribute to their own rows of `hidden` (R, H), in place."""
+    for group in groups:
+        block = group.variant.blocks.get(layer)
+        if block is not None:
+            rows = hidden[group.first : group.end]
+            rows += block.serve(rows, layer, group.spans, group.variant.usage)

@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from model.blocks.experts import compiles, padded_linear
 from model.errors import UnsupportedConfig
 from model.keys import KeyView
+from model.native.experts import project
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,6 +146,16 @@ class ExpertBlock(nn.Module):
         """RMSNorm(hidden) in float32."""
         return F.rms_norm(hidden.float(), self.norm.shape, self.norm, self.config.rms_norm_eps)
 
+    def projected(self, hidden: Tensor, matrix: Tensor, *, written: bool) -> tuple[Tensor, Tensor]:
+        """The norm of rows (T, H) and a float32 matrix (N, H) by it (T, N); rows being `written` go one by one."""
+        if not (written and compiles(hidden, matrix)):
+            normed = self.normed(hidden)
+            return normed, padded_linear(normed, matrix)
+        normed, product = torch.empty_like(hidden), hidden.new_empty(len(hidden), len(matrix))
+        weights = (self.norm.detach().numpy(), np.float32(self.config.rms_norm_eps), matrix.detach().numpy())
+        project(hidden.numpy(), *weights, normed.numpy(), product.numpy())
+        return normed, product
+
 
 def forced_rows(spans: Sequence[BlockSpan], layer: int) -> list[tuple[slice, Tensor]]:
     """Rows whose experts are given, with their ids (rows, K)."""
@@ -176,6 +188,11 @@ def check_choice(config: BlockConfig, name: str, allowed: Iterable[str]) -> None
 
 def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def all_written(spans: Sequence[BlockSpan]) -> bool:
+    """Whether all rows are being written."""
+    return all(span.decode for span in spans)
 
 
 def record_routing(

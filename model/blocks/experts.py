@@ -5,11 +5,13 @@ T tokens, K experts per token, E experts, H hidden, F expert width.
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from model.native.experts import mix_silu, mix_swiglu
 
 # Float32 products of this many rows (and its multiples) give each row the same bits whatever the other rows
 # hold, which single rows and odd counts do not. Activations are alike only while 32 divides rows x width, so
@@ -20,6 +22,13 @@ ACTIVATION_MULTIPLE = 32  # rows where each holds one number
 
 RunExpert = Callable[[int, Tensor], Tensor]  # expert id, its rows (n, H) -> (n, H)
 Stacked = Mapping[str, nn.Parameter]  # a matrix's name -> (E, outputs, inputs)
+
+
+def compiles(*tensors: Tensor) -> bool:
+    """Whether compiled code (model.native) takes these: float32 in this machine's memory, and nobody trains."""
+    return not torch.is_grad_enabled() and all(
+        t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous() for t in tensors
+    )
 
 
 def pad_rows(rows: Tensor, multiple: int = ROW_MULTIPLE) -> Tensor:
@@ -105,6 +114,22 @@ class Experts(nn.Module):
             lambda expert, own_rows: self.run(own_rows, *(matrix[expert] for matrix in matrices)),
         )
 
+    def mix(self, rows: Tensor, expert_ids: Tensor, gates: Tensor, *, written: bool = False) -> Tensor:
+        """The selected experts' outputs times their gates, summed: rows (T, H), ids and gates (T, K) -> (T, H).
+
+        Rows that are being `written` are few and go through one by one.
+        """
+        stacked = self.stacked.values()
+        if not written or not compiles(*stacked):
+            return (self(rows, expert_ids) * gates.unsqueeze(-1)).sum(1)
+        mixed = torch.empty_like(rows)
+        given = (part.contiguous().numpy() for part in (rows, expert_ids, gates))
+        self.mix_rows(*given, *(p.detach().numpy() for p in stacked), mixed.numpy())
+        return mixed
+
+    # One row after another, compiled: rows, ids, gates, the matrices in the order of `shapes`, and what it fills.
+    mix_rows: ClassVar[Callable[..., None]]
+
     @staticmethod
     @abstractmethod
     def run(rows: Tensor, *matrices: Tensor) -> Tensor:
@@ -143,6 +168,8 @@ class Experts(nn.Module):
 class SiluExperts(Experts):
     """`up(silu(down(x)))`, the form of SOME's formal definition, section 2.1."""
 
+    mix_rows = staticmethod(mix_silu)
+
     def __init__(self, num_experts: int, hidden: int, width: int):
         super().__init__(num_experts, ("down_proj", (width, hidden)), ("up_proj", (hidden, width)))
 
@@ -159,6 +186,8 @@ class SiluExperts(Experts):
 
 class SwigluExperts(Experts):
     """`down(silu(gate(x)) * up(x))`, the form of Mixtral and OLMoE."""
+
+    mix_rows = staticmethod(mix_swiglu)
 
     def __init__(self, num_experts: int, hidden: int, width: int):
         super().__init__(

@@ -14,12 +14,14 @@ from model.blocks.base import (
     BlockSpan,
     ExpertBlock,
     ExpertUsage,
+    all_written,
     check_choice,
     forced_rows,
     record_routing,
 )
-from model.blocks.experts import EXPERT_FORMS, padded_linear
+from model.blocks.experts import EXPERT_FORMS, compiles, padded_linear
 from model.blocks.routing import switch_auxiliary_loss, top_k_of_softmax
+from model.native.experts import choose
 from model.threads import one_thread
 
 
@@ -44,10 +46,14 @@ class MoeBlock(ExpertBlock):
         self.experts = EXPERT_FORMS[config.expert_form](config.num_experts, hidden, config.expert_size)
 
     def serve(self, hidden: Tensor, layer: int, spans: Sequence[BlockSpan], usage: ExpertUsage) -> Tensor:
-        with one_thread():
-            combined, _, expert_ids = self._route(self.normed(hidden), forced_rows(spans, layer))
-            record_routing(usage, layer, expert_ids, spans)
-            return combined
+        forced = forced_rows(spans, layer)
+        if all_written(spans) and not forced and compiles(hidden, self.router):
+            combined, expert_ids = self._write(hidden)
+        else:
+            with one_thread():
+                combined, _, expert_ids = self._route(self.normed(hidden), forced)
+        record_routing(usage, layer, expert_ids, spans)
+        return combined
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         combined, router_logits, expert_ids = self._route(self.normed(hidden).flatten(0, 1))
@@ -60,6 +66,14 @@ class MoeBlock(ExpertBlock):
             + self.experts.active_parameters(self.config.num_experts_per_tok)
         )
 
+    def _write(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """`_route` of rows that are being written, one by one: mixture (T, H), expert ids (T, K)."""
+        normed, router_logits = self.projected(hidden, self.router, written=True)
+        gates = hidden.new_empty(len(hidden), self.config.num_experts_per_tok)
+        expert_ids = torch.empty(gates.shape, dtype=torch.int64)
+        choose(router_logits.numpy(), self.config.norm_topk_prob, gates.numpy(), expert_ids.numpy())
+        return self.experts.mix(normed, expert_ids, gates, written=True), expert_ids
+
     def _route(
         self, normed: Tensor, forced: Sequence[tuple[slice, Tensor]] = ()
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,5 +85,4 @@ class MoeBlock(ExpertBlock):
             renormalize=self.config.norm_topk_prob,
             forced=forced,
         )
-        outputs = self.experts(normed, expert_ids)  # (T, K, H)
-        return (outputs * gates.unsqueeze(-1)).sum(1), router_logits, expert_ids
+        return self.experts.mix(normed, expert_ids, gates), router_logits, expert_ids

@@ -5,9 +5,10 @@ Experts and Q are frozen after training; the trained keys become the anchors, an
 a `KeyView`. T tokens, K experts per token, E experts, D key size, H hidden.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,13 +18,14 @@ from model.blocks.base import (
     ExpertBlock,
     ExpertUsage,
     LayerTrace,
+    all_written,
     check_choice,
     record_routing,
 )
 from model.blocks.experts import EXPERT_FORMS, padded_linear
 from model.blocks.routing import switch_auxiliary_loss
 from model.errors import UnsupportedConfig
-from model.keys import Float32Array
+from model.keys import Float32Array, KeyView
 from model.threads import one_thread
 from model.value_offsets import add_offsets
 
@@ -75,13 +77,14 @@ class SomeBlock(ExpertBlock):
             return self._serve(hidden, layer, spans, usage)
 
     def _serve(self, hidden: Tensor, layer: int, spans: Sequence[BlockSpan], usage: ExpertUsage) -> Tensor:
-        normed = self.normed(hidden)
-        queries = self._queries(normed)
-        scores, expert_ids = self._search(queries, layer, spans)
+        written = all_written(spans)
+        if self.query_proj is None:
+            normed = queries = self.normed(hidden)
+        else:
+            normed, queries = self.projected(hidden, self.query_proj, written=written)
+        gates, expert_ids = self._route(queries, layer, spans)
         record_routing(usage, layer, expert_ids, spans)
-        gates = scores.softmax(-1)
-        outputs = self.experts(normed, expert_ids)  # (T, K, H)
-        combined = (outputs * gates.unsqueeze(-1)).sum(1)
+        combined = self._combined(normed, expert_ids, gates, written=written)
         add_offsets(combined, expert_ids, gates, layer, spans)
         for span in spans:
             if span.trace is not None and layer in span.trace.layers:
@@ -99,11 +102,17 @@ class SomeBlock(ExpertBlock):
         return mixture.combined, auxiliary
 
     def mix(
-        self, normed: Tensor, keys: Tensor, offsets: Tensor | None = None, forced: Tensor | None = None
+        self,
+        normed: Tensor,
+        keys: Tensor,
+        offsets: Tensor | None = None,
+        forced: Tensor | None = None,
+        visible_ids: Tensor | None = None,
     ) -> Mixture:
         """Differentiable, on whole windows: normed (B, T, H), keys (E, D) or (B, E, D) one set a window.
 
-        `offsets` (E, H) or (B, E, H) are added to the experts' outputs; `forced` (B, T, K) replaces the choice.
+        `offsets` (E, H) or (B, E, H) are added to the experts' outputs; `forced` (B, T, K) replaces the choice, which
+        is among `visible_ids` then (None: all).
         """
         rows = normed.flatten(0, 1)
         queries = self._queries(rows)
@@ -111,15 +120,22 @@ class SomeBlock(ExpertBlock):
         chosen = (
             all_scores.topk(self.config.num_experts_per_tok, dim=-1).indices if forced is None else forced
         )
-        gates = all_scores.gather(-1, chosen).softmax(-1)
+        gates = self._gates(all_scores, chosen, visible_ids)
         expert_ids = chosen.flatten(0, 1)
-        outputs = self.experts(rows, expert_ids)  # (B * T, K, H)
-        combined = (outputs * gates.flatten(0, 1).unsqueeze(-1)).sum(1).view_as(normed)
+        combined = self._combined(rows, expert_ids, gates.flatten(0, 1)).view_as(normed)
         if offsets is not None:
             shares = torch.zeros_like(all_scores).scatter(-1, chosen, gates)
             combined = combined + shares @ offsets
         trace = LayerTrace(expert_ids, gates.flatten(0, 1), queries, rows)
         return Mixture(combined, all_scores, trace)
+
+    def outside_credit(self, scores: Tensor, selected: Tensor, aligned: Tensor, of_output: Tensor) -> Tensor:
+        """Credit (T, E) that experts would have beside the K `selected` (T, K), as model.credit defines it.
+
+        scores (T, E); aligned (T, E): y . G of each expert; of_output (T, 1): o . G of what was selected.
+        """
+        joined = (scores - scores.gather(1, selected).logsumexp(1, keepdim=True)).sigmoid()
+        return -(joined * (1 - joined)) * (aligned - of_output)
 
     def active_parameters(self) -> int:
         routing = self.anchors.numel() + (0 if self.query_proj is None else self.query_proj.numel())
@@ -128,24 +144,32 @@ class SomeBlock(ExpertBlock):
     def _queries(self, normed: Tensor) -> Tensor:
         return normed if self.query_proj is None else padded_linear(normed, self.query_proj)
 
+    def _combined(
+        self, normed: Tensor, expert_ids: Tensor, gates: Tensor, *, written: bool = False
+    ) -> Tensor:
+        """normed (T, H), expert_ids and gates (T, K) -> what the rows get (T, H)."""
+        return self.experts.mix(normed, expert_ids, gates, written=written)
+
+    def _gates(self, all_scores: Tensor, chosen: Tensor, visible_ids: Tensor | None) -> Tensor:
+        """Gates (..., K) of the `chosen` (..., K) of all scores (..., E), where some are `visible_ids`."""
+        return all_scores.gather(-1, chosen).softmax(-1)
+
+    def _route(self, queries: Tensor, layer: int, spans: Sequence[BlockSpan]) -> tuple[Tensor, Tensor]:
+        """Gates and expert ids (T, K)."""
+        scores, expert_ids = self._search(queries, layer, spans)
+        return scores.softmax(-1), expert_ids
+
     def _search(self, queries: Tensor, layer: int, spans: Sequence[BlockSpan]) -> tuple[Tensor, Tensor]:
-        """Each sequence's rows look up their own version; consecutive rows of one version go together."""
-        k = self.config.num_experts_per_tok
-        scores = torch.empty(len(queries), k)
-        expert_ids = torch.empty(len(queries), k, dtype=torch.int64)
+        """Scores and expert ids (T, K): each sequence's rows look up their own version."""
         host = queries.numpy(force=True)
-        at = 0
-        while at < len(spans):
-            keys = spans[at].keys
-            assert keys is not None, "a plastic layer needs a key view"
-            until = at + 1
-            while until < len(spans) and spans[until].keys is keys:
-                until += 1
-            rows = slice(spans[at].first, spans[until - 1].end)
-            found_scores, found_ids = keys.search(layer, host[rows], k)
-            scores[rows] = torch.from_numpy(found_scores)
-            expert_ids[rows] = torch.from_numpy(found_ids)
-            at = until
+        found = [
+            keys.search(layer, host[members[0].first : members[-1].end], self.config.num_experts_per_tok)
+            for keys, members in by_version(spans)
+        ]
+        scores, expert_ids = (
+            torch.from_numpy(parts[0] if len(parts) == 1 else np.concatenate(parts))
+            for parts in zip(*found, strict=True)
+        )
         self._force(scores, expert_ids, host, layer, spans)
         return scores.to(queries.device), expert_ids.to(queries.device)
 
@@ -162,3 +186,16 @@ class SomeBlock(ExpertBlock):
             rows = slice(span.first, span.first + len(ids))
             expert_ids[rows] = ids
             scores[rows] = torch.from_numpy(span.keys.score(layer, queries[rows], ids.numpy()))
+
+
+def by_version(spans: Sequence[BlockSpan]) -> Iterator[tuple[KeyView, Sequence[BlockSpan]]]:
+    """Consecutive spans that see the same keys."""
+    at = 0
+    while at < len(spans):
+        keys = spans[at].keys
+        assert keys is not None, "a plastic layer needs a key view"
+        until = at + 1
+        while until < len(spans) and spans[until].keys is keys:
+            until += 1
+        yield keys, spans[at:until]
+        at = until

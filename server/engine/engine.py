@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from model.blocks.base import RoutingTrace
 from model.kv_cache import CacheBudget
 from model.logprobs import TokenScore, score_hidden
+from model.threads import one_thread
 from model.transformer import Segment, Transformer, Variant
 from server.engine.choosing import choose
 from server.engine.scheduler import Scheduler, SchedulerConfig
@@ -272,11 +273,13 @@ class Engine:
         writing = [s for s in sequences if s.decoding and s.params.max_tokens]
         if not writing:
             return
-        logits = self.model.logits(hidden[[rows[s].stop - 1 for s in writing]])
+        logits = self.model.logits(hidden[[rows[s].stop - 1 for s in writing]], written=True)
         now = self._clock()
-        for choice in choose(writing, logits):
+        with one_thread():  # waking a second one would take it from the next step's compiled code
+            choices = list(choose(writing, logits))
+        for choice in choices:
             if choice.token_id is None:
-                self.finish(choice.sequence, "error")
+                self.finish(choice.sequence, choice.failure)
             else:
                 self._deliver(choice.sequence, choice.token_id, choice.scores, now)
 

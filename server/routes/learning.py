@@ -16,13 +16,13 @@ def wanted_mode(
     """What a request says of its plasticity, or else its API key; None leaves it to the endpoint.
 
     A prompt that is scored or replayed teaches nothing unless the request says so: measuring must not move what it
-    measures. Clients that score prompts ask for a token besides (lm-eval), so the log-probabilities of an echo count.
+    measures. Clients that score prompts ask for a token besides (lm-eval), so the log-probabilities of an echo count, where `within_request` does not ask to learn.
     """
     if endpoint.plasticity is None or body.plasticity is not None:
         return body.plasticity
     mode = caller.plasticity
-    scored = max_tokens == 0 or (body.report.echo and body.report.top_logprobs is not None)
-    fixed = scored or body.routed_experts is not None or body.key_version is not None
+    reported = body.report.echo and body.report.top_logprobs is not None and not body.within_request
+    fixed = max_tokens == 0 or reported or body.routed_experts is not None or body.key_version is not None
     return "read" if fixed and (mode or endpoint.plasticity.default) == "learn" else mode
 
 

@@ -1,0 +1,106 @@
+"""The base's quantised weights, and the way of written rows through them (model.native.decode)."""
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite.binding import get_host_cpu_features
+from torch import Tensor
+
+from model.config import ModelConfig
+from model.kv_cache import SequenceCache
+from model.native.decode import work
+from model.native.sharing import Helpers, new_board
+from model.native.tiles import GROUP
+
+MATRICES = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+
+
+def supported() -> bool:
+    """Whether this processor has the instructions."""
+    features = get_host_cpu_features()
+    return all(features.get(name, False) for name in ("avx512f", "avx512bw", "avx512vnni"))
+
+
+class Decoder:
+    """Packed matrices and what is needed beside them. As many threads work as torch has at the time."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        packed: dict[str, Tensor],
+        norms: Tensor,
+        head: Tensor,
+        final_norm: Tensor,
+        rope: tuple[Tensor, Tensor],
+    ):
+        """packed by the names in MATRICES, stacked (L, N / 16, M / 32, bytes); head (V / 16, H / 32, bytes).
+
+        norms (L, 2, H); rope: cos and sin, (P, D / 2) each.
+        """
+        self._config = config
+        self.matrices = (*(packed[name].numpy() for name in MATRICES), norms.numpy())
+        self._head = (head.numpy(), final_norm.numpy())
+        self._rope = (rope[0].numpy(), rope[1].numpy(), np.float32(config.rms_norm_eps))
+        self._heads = (config.num_attention_heads, config.num_key_value_heads)
+        self._helpers = Helpers(work)
+        self._helping = threading.Lock()
+
+    def layers(
+        self,
+        first: int,
+        last: int,
+        hidden: Tensor,
+        positions: Sequence[int],
+        caches: Sequence[SequenceCache],
+    ) -> None:
+        """Rows (R, H) float32 through layers `first` to `last` - 1, in place; caches take in keys and values."""
+        places = [(cache.keys.data_ptr(), cache.values.data_ptr(), cache.capacity) for cache in caches]
+        self._run(first, last, hidden, np.array(positions), np.array(places), torch.empty(0, 0))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Rows (R, H) float32 behind the last layer -> logits (R, V) float32."""
+        logits = torch.empty(len(hidden), self._config.vocab_size)
+        nowhere = np.zeros((len(hidden), 3), np.int64)
+        self._run(0, 0, hidden, nowhere[:, 0].copy(), nowhere, logits)
+        return logits
+
+    def _run(
+        self, first: int, last: int, hidden: Tensor, positions: Any, caches: Any, logits: Tensor
+    ) -> None:
+        """One call of `work`, beside which the helpers follow unless they are busy with another."""
+        job = (
+            hidden.numpy(),
+            (positions, caches),
+            self.matrices,
+            (*self._head, logits.numpy()),
+            self.room(len(hidden), int(positions.max()) + 1),
+            self._rope,
+            *self._heads,
+        )
+        board, threads = new_board(), torch.get_num_threads()
+        free = threads > 1 and self._helping.acquire(blocking=False)
+        try:
+            if free:
+                self._helpers.call(threads - 1, (board, False, 0, 0, *job))
+            work(board, True, first, last, *job)
+        finally:
+            if free:
+                self._helpers.learn(board)
+                self._helping.release()
+
+    def room(self, rows: int, positions: int) -> tuple[Any, ...]:
+        """Arrays that are written between the products: quantised rows, outputs, values before they are quantised."""
+        config = self._config
+        size, inner = config.hidden_size, config.intermediate_size
+        widest = max(size, inner, config.query_size)
+        return (
+            np.empty((rows, widest // GROUP, 2, GROUP), np.int8),
+            np.empty((rows, widest // GROUP, 2), np.float32),
+            np.empty((rows, max(2 * inner, config.query_size + 2 * config.key_value_size)), np.float32),
+            np.empty((rows, size), np.float32),
+            np.empty((rows, widest), np.float32),
+            np.empty((rows, positions), np.float32),
+        )
