@@ -130,6 +130,7 @@ def asked_metrics() -> set[str]:
     return {name.removesuffix("_bucket") for name in re.findall(r"libration_\w+", " ".join(asked))}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_chat_through_both_replicas_teaches_one_tenant(services, secrets) -> None:
     at = {name: service.address() for name, service in services.items()}
