@@ -19,7 +19,7 @@ from pathlib import Path
 
 from serve import LibrationServer, token_ids
 
-ANSWER, PROMPT = 200, 512
+ANSWER, PROMPT = 48, 512
 MODES = {"reading": "read", "learning": "learn"}
 PERCENTILES = (50, 99, 100)
 

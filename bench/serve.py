@@ -22,6 +22,7 @@ import httpx
 import psutil
 
 PROMPT_TOKENS, NEW_TOKENS, LONG_PROMPT = 64, 64, 512
+SETTLE_S = 1.0  # between measurements: what a prompt taught is worked off after its answer
 START_TIMEOUT_S = 300
 MODES = {
     "some, learning": {"model": "some", "plasticity": "learn"},
@@ -89,10 +90,13 @@ class LibrationServer:
 
 
 async def measure_libration(server: LibrationServer, mode: dict[str, str], seed: int) -> dict[str, float]:
+    await asyncio.sleep(SETTLE_S)
     first = await server.complete(token_ids(LONG_PROMPT, seed), 1, mode)
+    await asyncio.sleep(SETTLE_S)
     started = time.monotonic()
     await server.complete(token_ids(PROMPT_TOKENS, seed + 1), NEW_TOKENS, mode)
     one = NEW_TOKENS / (time.monotonic() - started)
+    await asyncio.sleep(SETTLE_S)
     started = time.monotonic()
     prompts = [token_ids(PROMPT_TOKENS, seed + 2 + i) for i in range(8)]
     await asyncio.gather(*(server.complete(prompt, NEW_TOKENS, mode) for prompt in prompts))
@@ -139,6 +143,12 @@ class Transformers:
         return {"one": one, "eight": 8 * NEW_TOKENS / self._generate(prompts, NEW_TOKENS), "first": first}
 
 
+def rotated(number: int) -> list[tuple[str, dict[str, str]]]:
+    """The modes, beginning with another one each round: whoever comes first comes after the other side."""
+    first = number % len(MODES)
+    return [*list(MODES.items())[first:], *list(MODES.items())[:first]]
+
+
 async def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -157,7 +167,7 @@ async def main() -> None:
                 print(f"warmed up: {name}", file=sys.stderr)
             peer.measure(0)
             for number in range(1, arguments.rounds + 1):
-                for name, mode in MODES.items():
+                for name, mode in rotated(number):
                     results[name].append(await measure_libration(server, mode, 1000 * number))
                 results[peer.name].append(peer.measure(1000 * number))
                 print(f"round {number} of {arguments.rounds}", file=sys.stderr)
