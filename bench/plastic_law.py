@@ -24,14 +24,13 @@ class LayerState:
 
     keys: Tensor  # (B, E, D)
     usage: Tensor  # (B, E)
-    offsets: Tensor | None = None  # (B, E, H)
+    offsets: Tensor  # (B, E, H)
 
     @classmethod
-    def at_anchors(cls, block: SomeBlock, sessions: int, *, offsets: bool) -> "LayerState":
+    def at_anchors(cls, block: SomeBlock, sessions: int) -> "LayerState":
         keys = block.anchors.expand(sessions, -1, -1)
-        hidden = block.config.hidden_size
-        zeros = keys.new_zeros(sessions, keys.shape[1], hidden) if offsets else None
-        return cls(keys, keys.new_ones(sessions, keys.shape[1]), zeros)
+        shape = keys.shape[:2]
+        return cls(keys, keys.new_ones(shape), keys.new_zeros(*shape, block.config.hidden_size))
 
 
 def learn(
@@ -56,18 +55,9 @@ def learn(
         rows = slice(b * length, (b + 1) * length)
         keys.append(pulled(state.keys[b], state.usage[b], block, trace.cut(rows), gradient[rows], gravity))
     ids = trace.expert_ids.unflatten(0, (sessions, length))
-    offsets = state.offsets
-    if offsets is not None:
-        gates = trace.gates.unflatten(0, (sessions, length))
-        offsets = updated(
-            offsets,
-            ids,
-            gates,
-            wanted.unflatten(0, (sessions, length)),
-            output_norms,
-            value_rate,
-            VALUE_BOUND,
-        )
+    shape = (sessions, length)
+    gates, asked = trace.gates.unflatten(0, shape), wanted.unflatten(0, shape)
+    offsets = updated(state.offsets, ids, gates, asked, output_norms, value_rate, VALUE_BOUND)
     return LayerState(torch.stack(keys), _usage(state.usage, ids, gravity), offsets)
 
 

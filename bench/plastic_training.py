@@ -35,7 +35,7 @@ from model.checkpoints.blocks import load_blocks, save_blocks, shipped_folder
 from model.checkpoints.load import find_base_file, load_base
 from model.head import NextTokenLoss
 from model.plastic_pass import PlasticPass, UpperPast
-from model.training.loop import TrainingConfig, learning_rate
+from model.training.loop import TrainingConfig, checkpoint, learning_rate, parameter_groups, resume
 from model.training.upper import run_layers
 from model.transformer import Transformer
 from model.value_offsets import directions, head_metric
@@ -101,7 +101,7 @@ class Session:
         return lessons
 
     def _start(self, layer: int, sessions: int) -> LayerState:
-        return LayerState.at_anchors(self._blocks[layer], sessions, offsets=True)
+        return LayerState.at_anchors(self._blocks[layer], sessions)
 
     def _block(
         self, layer: int, hidden: Tensor, lessons: list[tuple[Tensor, Tensor]]
@@ -180,15 +180,12 @@ class Run:
         self._steps, self._model, self._blocks, self._texts = arguments.steps, model, blocks, texts
         self._session = Session(model, blocks, plastic=arguments.arm == "plastic")
         self._curve_path = arguments.out / f"{arguments.arm}.json"
-        self._state_path = arguments.out / f"{arguments.arm}.state.pt"
+        self._folder = arguments.out / f"{arguments.arm}-run"
         self._title = arguments.arm
-        self._parameters = [p for block in blocks.values() for p in block.parameters()]
-        groups = [
-            {"params": [p], "rate_scale": block.rate_scale.get(name, 1.0)}
-            for block in blocks.values()
-            for name, p in block.named_parameters()
-        ]
-        self._optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+        self._parameters = {
+            f"{layer}.{name}": p for layer, block in blocks.items() for name, p in block.named_parameters()
+        }
+        self._optimizer = torch.optim.AdamW(parameter_groups(blocks), betas=(0.9, 0.95), weight_decay=0.0)
         self._curve: list[dict[str, object]] = []
 
     def train(self) -> None:
@@ -196,7 +193,6 @@ class Run:
         start = self._resume()
         if not self._curve:
             self._evaluate(0, None)
-            self._keep(0)
         recent: list[float] = []
         for step in tqdm(
             range(start, self._steps), initial=start, total=self._steps, desc=self._title, unit="step"
@@ -206,27 +202,24 @@ class Run:
             if (step + 1) % EVALUATE_EVERY == 0 or step + 1 == self._steps:
                 self._evaluate(step + 1, float(np.mean(recent)))
                 recent.clear()
-                torch.save(
-                    (step + 1, [p.data for p in self._parameters], self._optimizer.state_dict()),
-                    self._state_path,
-                )
+                checkpoint(self._folder, step + 1, self._parameters, self._optimizer)
 
     def _step(self, step: int, entered: Entered) -> float:
         for group in self._optimizer.param_groups:
             group["lr"] = group["rate_scale"] * learning_rate(step, self._steps, SCHEDULE)
         first = step * TEXTS_A_STEP
         entry, targets = entered.batch((first + i) % len(entered.pieces) for i in range(TEXTS_A_STEP))
-        for parameter in self._parameters:
+        for parameter in self._parameters.values():
             parameter.requires_grad_(True)
         losses, auxiliary = self._session.loss(entry.float(), targets)
         self._optimizer.zero_grad()
         (losses.mean() + auxiliary).backward()
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters, SCHEDULE.max_gradient_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), SCHEDULE.max_gradient_norm)
         assert math.isfinite(norm), (step, norm)
         self._optimizer.step()
-        for parameter in self._parameters:
+        for parameter in self._parameters.values():
             parameter.requires_grad_(False)
-        return float(losses.mean())
+        return losses.mean().item()
 
     def _training_texts(self) -> Entered:
         """Texts of all trained domains in one random order."""
@@ -256,18 +249,12 @@ class Run:
         )
         self._curve_path.write_text(json.dumps(self._curve, indent=1) + "\n")
 
-    def _keep(self, step: int) -> None:
-        state = (step, [p.data for p in self._parameters], self._optimizer.state_dict())
-        torch.save(state, self._state_path)
-
     def _resume(self) -> int:
-        if not self._state_path.exists():
-            return 0
-        step, parameters, optimizer = torch.load(self._state_path)
-        for parameter, stored in zip(self._parameters, parameters, strict=True):
-            parameter.data.copy_(stored)
-        self._optimizer.load_state_dict(optimizer)
-        self._curve = json.loads(self._curve_path.read_text())
+        self._folder.mkdir(exist_ok=True)
+        step = resume(self._folder, self._parameters, self._optimizer)
+        if self._curve_path.exists():
+            known = json.loads(self._curve_path.read_text())
+            self._curve = [reading for reading in known if reading["step"] <= step]
         return step
 
 

@@ -52,7 +52,7 @@ def train(
     torch.manual_seed(config.seed)
     fresh = {layer: build_block(block_config) for layer in block_config.layers}
     blocks = {layer: b.to(model.device).requires_grad_() for layer, b in (initial or fresh).items()}
-    fit(model, blocks, _groups(blocks), config, windows, run, cache, f"train {block_config.kind}")
+    fit(model, blocks, parameter_groups(blocks), config, windows, run, cache, f"train {block_config.kind}")
     save_blocks(run / "blocks", block_config, blocks, torch.bfloat16)
     return blocks
 
@@ -85,7 +85,7 @@ def fit(
     steps = min(len(order) // config.windows_per_step, config.max_steps or len(order))
     run.mkdir(parents=True, exist_ok=True)
     (run / "training.json").write_text(json.dumps(asdict(config), indent=1))
-    start = _resume(run, parameters, optimizer)
+    start = resume(run, parameters, optimizer)
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=title, unit="step")
     with (run / "curve.jsonl").open("a") as curve:
         for step in bar:
@@ -103,10 +103,10 @@ def fit(
             bar.set_postfix(loss=f"{loss.item():.3f}")
             if (step + 1) % config.checkpoint_every == 0 or step + 1 == steps:
                 curve.flush()
-                _checkpoint(run, step + 1, parameters, optimizer)
+                checkpoint(run, step + 1, parameters, optimizer)
 
 
-def _groups(blocks: Mapping[int, ExpertBlock]) -> list[dict[str, Any]]:
+def parameter_groups(blocks: Mapping[int, ExpertBlock]) -> list[dict[str, Any]]:
     """Parameters by how fast they learn."""
     by_scale: dict[float, list[Tensor]] = {}
     for block in blocks.values():
@@ -129,7 +129,7 @@ def _order(count: int, config: TrainingConfig) -> Tensor:
     return torch.cat([torch.randperm(count, generator=generator) for _ in range(config.epochs)])
 
 
-def _checkpoint(
+def checkpoint(
     run: Path, step: int, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
 ) -> None:
     tensors = {f"parameter.{name}": p.detach().contiguous() for name, p in parameters.items()}
@@ -142,7 +142,7 @@ def _checkpoint(
     (run / "step.json").write_text(json.dumps({"step": step}))
 
 
-def _resume(run: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> int:
+def resume(run: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> int:
     """Put back the last checkpoint, if there is one; returns the step to go on with."""
     path = run / "checkpoint.safetensors"
     if not path.is_file():

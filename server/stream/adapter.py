@@ -37,8 +37,7 @@ class Adapter:
             else []
         )
         shape = (texts, len(next(iter(anchors.values()))), model.config.hidden_size)
-        lifted = frozenset(blocks) if rule.value_layers is None else rule.value_layers
-        self._offsets = {layer: torch.zeros(shape) for layer in sorted(lifted)} if rule.value_rate else None
+        self._offsets = {layer: torch.zeros(shape) for layer in sorted(blocks)} if rule.value_rate else None
         self._metric = head_metric(model.final_norm, model.head) if rule.value_rate else None
         self._bias = torch.zeros(texts, model.config.vocab_size) if rule.bias_rate else None
         self.load = {layer: np.zeros(len(rows), np.int64) for layer, rows in anchors.items()}

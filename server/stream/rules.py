@@ -17,7 +17,6 @@ class StreamRule:
     gravity: GravityConfig | None = None  # None: keys stay
     layers: frozenset[int] | None = None  # whose keys move; None: all that have keys
     value_rate: float = 0.0  # eta of the value offsets
-    value_layers: frozenset[int] | None = None  # whose; None: all
     bias_rate: float = 0.0  # of plain gradient steps on one output bias, the baseline to beat
 
     @property

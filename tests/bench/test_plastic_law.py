@@ -44,7 +44,7 @@ def test_keys_and_offsets_move_as_they_do_in_the_server() -> None:
     anchors = {0: block.anchors.numpy()}
     learners = [KeyLearner(anchors, frozenset({0}), GRAVITY, 3) for _ in range(SESSIONS)]
     offsets = torch.zeros(SESSIONS, 12, 24)
-    state = LayerState.at_anchors(block, SESSIONS, offsets=True)
+    state = LayerState.at_anchors(block, SESSIONS)
     for window in range(WINDOWS):
         torch.manual_seed(10 + window)
         hidden, gradient = torch.randn(SESSIONS, TOKENS, 24), 0.1 * torch.randn(SESSIONS * TOKENS, 24)
@@ -75,7 +75,7 @@ def test_the_derivative_goes_through_the_update() -> None:
     hidden, gradient = torch.randn(1, TOKENS, 24), 0.1 * torch.randn(TOKENS, 24)
     mixture = block.mix(block.normed(hidden), block.anchors)
     state = learn(
-        LayerState.at_anchors(block, 1, offsets=True), block, mixture.trace, gradient, gradient,
+        LayerState.at_anchors(block, 1), block, mixture.trace, gradient, gradient,
         (hidden + mixture.combined).detach().norm(dim=-1), GRAVITY, RATE,
     )  # fmt: skip
     assert state.offsets is not None
