@@ -88,7 +88,8 @@ class Follower:
             self._backend.away = False
             latest = [snapshot for head in _eager(stored.heads) if (snapshot := self._load(head)) is not None]
             with parts.writing:
-                known = {scope: history.latest for scope, history in parts.ledger.shelf.in_memory()}
+                # what was served before the first reading was nobody's version: it is not replaced, windows stay good
+                known = {} if self.position is None else self._known()
                 parts.ledger.start_over(stored, latest)
                 parts.frozen.names, self.position = stored.frozen, position
                 heads, new = (
@@ -104,6 +105,9 @@ class Follower:
                 )
                 parts.news.published.notify([each for each in latest if each is not known.get(each.scope)])
         return True
+
+    def _known(self) -> dict[ScopeId, KeySnapshot]:
+        return {scope: history.latest for scope, history in self._parts.ledger.shelf.in_memory()}
 
     def _load(self, head: ScopeHead) -> KeySnapshot | None:
         """The version that a head names; the one that readers have, or None, when it is refused."""

@@ -296,6 +296,23 @@ def test_a_store_begins_with_the_anchors_while_redis_is_away(cluster, window) ->
     wait_until(lambda: late.view(TENANT).version == 2)
 
 
+def test_what_was_taught_before_redis_was_there_is_learned_although_versions_are_found(
+    cluster, window
+) -> None:
+    cluster.replica().reset(TENANT)
+    cluster.redis.stop()
+    late = cluster.replica(start=False)
+    assert late.view(TENANT).version == 0
+    assert late.submit(window())
+    cluster.redis.start()
+    with pytest.raises(VersionConflict):  # after reading what is stored, and before anything is sent
+        late.reset(TENANT, if_version=0)
+    assert late.view(TENANT).version == 1
+    late.learning.start()
+    cluster.worker()
+    wait_until(lambda: late.view(TENANT).version == 2)
+
+
 def test_a_change_by_hand_on_any_replica_holds_everywhere(cluster, window) -> None:
     first, second = cluster.replica(), cluster.replica()
     cluster.worker()
