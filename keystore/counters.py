@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from keystore.durations import DurationCounts
+
 
 @dataclass(frozen=True, slots=True)
 class LearningCounters:
@@ -51,3 +53,4 @@ class StoreCounters:
     live_sessions: int
     index_recall: Mapping[int, float]  # sampled recall@K by layer, those above the exact limit only
     index_builds: Mapping[tuple[int, str], int]  # by layer and outcome: built, failed
+    operations: Mapping[str, DurationCounts]  # of the backend, by name: commit, load, thin, delete

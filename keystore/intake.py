@@ -10,7 +10,9 @@ from typing import Literal, get_args
 from keystore.records import ScopeId
 from keystore.statistics import RoutingStats
 
-DropReason = Literal["queue_full", "non_finite", "frozen", "superseded", "credit_behind", "credit_failed"]
+DropReason = Literal[
+    "queue_full", "non_finite", "frozen", "superseded", "credit_behind", "credit_failed", "unclear"
+]
 
 
 @dataclass(frozen=True, slots=True)

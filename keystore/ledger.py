@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from keystore.backends.base import Backend, CanaryNote, PoolEvent, ScopeHead, VersionRecord
+from keystore.durations import Durations
 from keystore.errors import VersionConflict
 from keystore.generations import Content, Generation, Generations
 from keystore.learning import Progress
@@ -52,6 +53,7 @@ class Ledger:
         clock: Callable[[], float],
     ) -> None:
         self._gravity, self._backend, self._clock = gravity, backend, clock
+        self.durations = Durations(("commit", "load", "thin", "delete"))
         self.generations = Generations(origin, stored.pool_events, gravity)
         self.shelf = VersionShelf(
             lambda scope: self.generations.now.origin_of(scope),
@@ -115,7 +117,8 @@ class Ledger:
     ) -> None:
         """Store versions durably, then let readers have them."""
         if records:
-            self._backend.commit(records, canary=canary)
+            with self.durations.measured("commit"):
+                self._backend.commit(records, canary=canary)
         for snapshot in snapshots:
             self.shelf.publish(snapshot)
 
@@ -178,7 +181,8 @@ class Ledger:
                 lifted.settling = settling
             histories[scope] = lifted
         records = [self._checkpoint(each, now.pool, settling=None) for each in published]
-        self._backend.commit(records, pool_event=event)
+        with self.durations.measured("commit"):
+            self._backend.commit(records, pool_event=event)
         self.generations.turn(event, now)
         self.shelf.turn(now.pool.generation, histories)
         return published
@@ -216,12 +220,14 @@ class Ledger:
     def thin(self, published: Sequence[KeySnapshot], keep: int) -> None:
         """Drop old versions of the scopes that have just passed a checkpoint."""
         for scope in {each.scope for each in published if each.version % CHECKPOINT_EVERY == 0}:
-            self._backend.thin(scope, keep)
+            with self.durations.measured("thin"):
+                self._backend.thin(scope, keep)
 
     def delete(self, sessions: list[ScopeId], now: float) -> list[ScopeId]:
         """Delete these, durably; returns them."""
         if sessions:
-            self._backend.delete_scopes(sessions, now)
+            with self.durations.measured("delete"):
+                self._backend.delete_scopes(sessions, now)
             self.forget(sessions)
         return sessions
 
@@ -244,8 +250,9 @@ class Ledger:
 
     def load(self, scope: ScopeId, version: int) -> KeySnapshot:
         """A stored version, verified. Raises as `Backend.load`, OutOfBounds."""
-        stored, radius = self._backend.load(scope, version), self._gravity.for_scope(scope).trust_radius
-        now = self.generations.now
+        with self.durations.measured("load"):
+            stored = self._backend.load(scope, version)
+        now, radius = self.generations.now, self._gravity.for_scope(scope).trust_radius
         return rebuild(stored, self.generations.pool_of(stored.row.generation), now, radius)
 
 

@@ -16,18 +16,21 @@ from keystore.backends.redis_lease import Lease, Leases
 from keystore.backends.redis_leased import LeasedBackend
 from keystore.backends.redis_model import ModelCard
 from keystore.backends.redis_names import RedisNames
+from keystore.backends.redis_producers import Producers
 from keystore.backends.redis_seal import Seal
 from keystore.backends.redis_streams import StatsStream
 from keystore.backends.redis_use import SessionUse
 from keystore.errors import Fenced, StoreUnavailable
 from keystore.index_builder import IndexBuilder
+from keystore.learner_counters import LearnerCounters
 from keystore.learning import create_origin
-from keystore.records import GravityConfig
-from keystore.shard_learner import LearnerCounters, ShardLearner
+from keystore.records import GravityConfig, SessionEviction
+from keystore.session_ends import SessionEnds, SessionLimits
+from keystore.shard_learner import ShardLearner
 from keystore.shelf import ShelfLimits
 
 BLOCK_MS = 250
-EXPIRY_EVERY_S = 30.0
+TIDY_EVERY_S = 30.0
 FIRST_RETRY_S, LAST_RETRY_S = 0.05, 1.0
 NEVER_SEARCHED = 2**62  # keys a layer up to which no inverted lists are built
 
@@ -36,9 +39,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class WorkerLimits:
-    """What a worker keeps in memory and on disk, and how long a lease lives without it."""
+    """What a worker keeps, in memory and in Redis, and how long a lease lives without it. With `session_eviction`
+    "discard" no more than `max_sessions` stay in Redis either.
+    """
 
     max_sessions: int
+    session_eviction: SessionEviction
     versions_on_disk: int
     session_ttl_s: float
     lease_s: float
@@ -69,7 +75,7 @@ class ModelWorker:
         self.card, self.shards, self.counters = card, shards, LearnerCounters()
         self._client, self._names, self._seal, self._gravity = client, names, seal, gravity
         self._limits, self._clock = limits, clock
-        self._stats = StatsStream(client, names, seal)
+        self._stats, self._producers = StatsStream(client, names, seal), Producers(client, names)
         self._leases = Leases(client, names, worker, ttl_ms=int(1000 * limits.lease_s))
         self._builder = IndexBuilder(NEVER_SEARCHED)
         self._origin = create_origin(
@@ -172,6 +178,9 @@ class ModelWorker:
 
     def _learn(self, lease: Lease, stopping: threading.Event) -> None:
         """Learn a shard until it is to stop or the lease is over."""
+        limits = self._limits
+        most = limits.max_sessions if limits.session_eviction == "discard" else None
+        use, ttl_s = SessionUse(self._client, self._names), limits.session_ttl_s
         learner = ShardLearner(
             lease.shard,
             LeasedBackend(self._client, self._names, lease, seal=self._seal, shards=self.shards),
@@ -180,20 +189,19 @@ class ModelWorker:
             self._gravity,
             self.card.num_experts_per_tok,
             self.counters,
-            use=SessionUse(self._client, self._names),
-            shards=self.shards,
-            limits=ShelfLimits(1, self._limits.max_sessions),
-            versions_on_disk=self._limits.versions_on_disk,
-            session_ttl_s=self._limits.session_ttl_s,
+            ends=SessionEnds(use, lease.shard, self.shards, SessionLimits(ttl_s, most)),
+            limits=ShelfLimits(1, limits.max_sessions),
+            versions_on_disk=limits.versions_on_disk,
             clock=self._clock,
         )
-        retry_s, expire_at_s = 0.0, 0.0  # monotonic
+        retry_s, tidy_at_s = 0.0, 0.0  # monotonic
         while not stopping.wait(retry_s):
             try:
                 learner.learn_some(BLOCK_MS)
-                if time.monotonic() > expire_at_s:
-                    learner.expire_sessions()
-                    expire_at_s = time.monotonic() + min(EXPIRY_EVERY_S, self._limits.session_ttl_s / 2)
+                if time.monotonic() > tidy_at_s:
+                    self._producers.forget_unknown(lease.shard)
+                    learner.end_sessions()
+                    tidy_at_s = time.monotonic() + min(TIDY_EVERY_S, ttl_s / 2)
                 retry_s = 0.0
             except Fenced as error:
                 self.counters.count_fenced()

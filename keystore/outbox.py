@@ -1,71 +1,47 @@
 """What a replica's requests taught, on its way to the workers: merged by scope while it waits, sent in order by shard.
 
 Never blocks whoever hands a window in. An entry whose arrival is uncertain is sent again as it was, with its
-number, ahead of anything newer of its shard; workers tell duplicates by the number.
+number, ahead of anything newer of its shard; workers tell duplicates by the number. Who was silent for so long that they
+may have forgotten the numbers drops it, and goes on as somebody new.
 """
 
 import logging
 import threading
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import get_args
-from uuid import UUID, uuid4
 
-from keystore.backends.redis_names import shard_of
+from keystore.backends.redis_names import GLOBAL_SHARD, shard_of
+from keystore.backends.redis_producers import Producers
 from keystore.backends.redis_streams import StatsStream
-from keystore.backends.stats_blob import SentWindow
 from keystore.errors import StoreUnavailable
 from keystore.intake import DropReason
 from keystore.records import ScopeId
+from keystore.sender import Done, Sender, Sending, Waiting
 from keystore.statistics import RoutingStats
 
 MAX_PENDING_ENTRIES = 256  # in a shard's stream; beyond that windows wait here and are merged
 FULL_RETRY_S = 0.05
 FIRST_RETRY_S, LAST_RETRY_S = 0.05, 1.0
 
-Done = Callable[[], None]
-
 logger = logging.getLogger(__name__)
-
-
-@dataclass(slots=True, eq=False)
-class Waiting:
-    """The windows of one scope that wait to be sent, as one."""
-
-    stats: RoutingStats
-    since_s: float  # monotonic
-    windows: int = 1
-    done: list[Done] = field(default_factory=list[Done])
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Sending:
-    """An entry that is being sent, or may have been."""
-
-    entry: bytes
-    sequence: int
-    content: Waiting
 
 
 class Outbox:
     """Thread-safe. Holds the windows of at most `capacity` scopes; a thread of the replica calls `send_waiting`."""
 
-    def __init__(self, stream: StatsStream, shards: int, capacity: int) -> None:
+    def __init__(self, stream: StatsStream, producers: Producers, shards: int, capacity: int) -> None:
         self._stream, self._shards, self._capacity = stream, shards, capacity
-        self.producer: UUID = uuid4()
         self._changed = threading.Condition()
         self._sending = threading.Lock()  # held while talking to Redis; before `_changed`
+        self.sender = Sender(stream, producers)
         self._waiting: OrderedDict[ScopeId, Waiting] = OrderedDict()
-        self._unsure: dict[int, Sending] = {}
-        self._sequences: Counter[int] = Counter()
         self._to_learn: dict[
             int, deque[tuple[int, list[Done]]]
         ] = {}  # sent; somebody waits for what it leads to
         self._dropped: Counter[str] = Counter(dict.fromkeys(get_args(DropReason), 0))
-        self._pending = dict.fromkeys(range(shards), 0)
-        self.resent = 0
+        self._pending = dict.fromkeys((*range(shards), GLOBAL_SHARD), 0)
         self.reachable = True
 
     def put(self, stats: RoutingStats, done: Done | None = None) -> bool:
@@ -104,21 +80,14 @@ class Outbox:
             _tell([dropped.done])
 
     def send_waiting(self) -> bool:
-        """Send what can be sent; False when a stream is full. Raises StoreUnavailable, and nothing is lost."""
+        """Send what can be sent; False when a stream is full. Raises StoreUnavailable, and everything still waits."""
         with self._sending:
             try:
-                for shard in list(self._unsure):
-                    self.resent += 1
-                    self._send(shard, self._unsure[shard])
+                self._send_again()
                 room = {shard: MAX_PENDING_ENTRIES - self._count_pending(shard) for shard in self._wanted()}
-                while (taken := self._take(room)) is not None:
-                    shard, content = taken
+                while (shard := self._take(room)) is not None:
                     room[shard] -= 1
-                    self._sequences[shard] += 1
-                    window = SentWindow(self.producer, self._sequences[shard], content.stats)
-                    sending = Sending(self._stream.entry(shard, window), window.sequence, content)
-                    self._unsure[shard] = sending
-                    self._send(shard, sending)
+                    self._note_sent(shard, self.sender.send(shard))
             except StoreUnavailable:
                 self._note_away()
                 raise
@@ -130,7 +99,7 @@ class Outbox:
         retry_s = 0.0
         while not stopping.is_set():
             with self._changed:
-                if not (self._waiting or self._unsure or stopping.is_set()):
+                if not (self._waiting or self.sender.unsure or stopping.is_set()):
                     self._changed.wait()
             if stopping.wait(retry_s):
                 return
@@ -153,9 +122,14 @@ class Outbox:
         Returns how often that will be.
         """
         with self._sending:
-            for shard, sequence in self._sequences.items():
+            for shard, sequence in self.sender.sequences.items():
                 self._to_learn.setdefault(shard, deque()).append((sequence, [done]))
-            return len(self._sequences)
+            return len(self.sender.sequences)
+
+    def leave(self) -> None:
+        """Say that nothing more comes from here, if all that was sent has arrived. Raises StoreUnavailable."""
+        with self._sending:
+            self.sender.leave()
 
     @property
     def somebody_waits(self) -> bool:
@@ -170,7 +144,7 @@ class Outbox:
         told: list[Done] = []
         with self._sending:
             for shard in [shard for shard, waiting in self._to_learn.items() if waiting]:
-                watermark = self._stream.watermarks(shard).get(self.producer, 0)
+                watermark = self._stream.watermarks(shard).get(self.sender.producer, 0)
                 waiting = self._to_learn[shard]
                 while waiting and waiting[0][0] <= watermark:
                     told += waiting.popleft()[1]
@@ -178,7 +152,7 @@ class Outbox:
 
     def refresh_pending(self) -> None:
         """Look how many entries of every shard wait to be learned. Raises StoreUnavailable."""
-        for shard in range(self._shards):
+        for shard in list(self._pending):
             self._count_pending(shard)
 
     @property
@@ -194,7 +168,7 @@ class Outbox:
     def waiting(self) -> tuple[int, float]:
         """Number of windows and the age of the oldest in seconds."""
         with self._changed:
-            held = [*self._waiting.values(), *(each.content for each in self._unsure.values())]
+            held = self._held()
         oldest_s = min((each.since_s for each in held), default=None)
         windows = sum(each.windows for each in held)
         return windows, 0.0 if oldest_s is None else time.monotonic() - oldest_s
@@ -208,18 +182,32 @@ class Outbox:
         with self._changed:
             return {shard_of(scope, self._shards) for scope in self._waiting}
 
-    def _take(self, room: Mapping[int, int]) -> tuple[int, Waiting] | None:
-        """The scope that has waited longest in a shard with room."""
+    def _take(self, room: Mapping[int, int]) -> int | None:
+        """Number the scope that has waited longest in a shard with room; the shard."""
         with self._changed:
             for scope in self._waiting:
                 shard = shard_of(scope, self._shards)
                 if room.get(shard, 0) > 0:
-                    return shard, self._waiting.pop(scope)
+                    self.sender.number(shard, self._waiting.pop(scope))
+                    return shard
         return None
 
-    def _send(self, shard: int, sending: Sending) -> None:
-        self._stream.send(shard, sending.entry)
-        del self._unsure[shard]
+    def _send_again(self) -> None:
+        for shard in list(self.sender.unsure):
+            sent = self.sender.send_again(shard)
+            if sent is None:
+                self._begin_anew()
+                return
+            self._note_sent(shard, sent)
+
+    def _begin_anew(self) -> None:
+        lost = [each.content for each in self.sender.begin_anew()]
+        windows = sum(each.windows for each in lost)
+        logger.warning("dropped: perhaps learned before a long silence", extra={"windows": windows})
+        self.count_dropped("unclear", windows)
+        _tell([each.done for each in lost] + self._take_to_learn())
+
+    def _note_sent(self, shard: int, sending: Sending) -> None:
         self._pending[shard] += 1
         if sending.content.done:
             self._to_learn.setdefault(shard, deque()).append((sending.sequence, sending.content.done))
@@ -232,12 +220,21 @@ class Outbox:
         """Nobody should wait for what may take long: requests go on with the keys that they have."""
         self.reachable = False
         with self._changed:
-            held = [*self._waiting.values(), *(each.content for each in self._unsure.values())]
-            told = [each.done for each in held] + [done for q in self._to_learn.values() for _, done in q]
+            held = self._held()
+            told = [each.done for each in held] + self._take_to_learn()
             for each in held:
                 each.done = []
-            self._to_learn = {}
         _tell(told)
+
+    def _held(self) -> list[Waiting]:
+        """Everything that has not arrived for certain; to be called under `_changed`."""
+        return [*self._waiting.values(), *(each.content for each in list(self.sender.unsure.values()))]
+
+    def _take_to_learn(self) -> list[list[Done]]:
+        """Everybody who waits for something that was sent."""
+        told = [done for waiting in self._to_learn.values() for _, done in waiting]
+        self._to_learn = {}
+        return told
 
 
 def _tell(waiting: list[list[Done]]) -> None:

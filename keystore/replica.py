@@ -15,6 +15,7 @@ from typing import TypeVar
 from keystore.counters import LearningCounters, ReplicationCounters
 from keystore.errors import KeyStoreError, StoreUnavailable, VersionConflict
 from keystore.follower import DELAY_BOUNDS_S, Follower
+from keystore.global_learner import LEASE_S, GlobalLearner
 from keystore.intake import DropReason
 from keystore.learning_side import StoreParts
 from keystore.outbox import FULL_RETRY_S, Outbox
@@ -42,15 +43,21 @@ logger = logging.getLogger(__name__)
 class Replica:
     """The learning side of a store whose windows are learned elsewhere. Thread-safe.
 
-    Reads what is stored at its creation; when Redis is away then, the store begins with the anchors. Raises
-    ModelMismatch, InvalidConfig.
+    Reads what is stored at its creation; when Redis is away then, the store begins with the anchors. With `learn_global`
+    it learns the global scope unless another replica does. Raises ModelMismatch, InvalidConfig.
     """
 
     def __init__(
-        self, parts: StoreParts, backend: ReplicaBackend, *, outbox_scopes: int, session_ttl_s: float
+        self,
+        parts: StoreParts,
+        backend: ReplicaBackend,
+        *,
+        outbox_scopes: int,
+        session_ttl_s: float,
+        learn_global: bool = False,
     ) -> None:
         self._parts, self._backend = parts, backend
-        self._outbox = Outbox(backend.stats, backend.shards, outbox_scopes)
+        self._outbox = Outbox(backend.stats, backend.producers, backend.shards, outbox_scopes)
         self._follower = Follower(parts, backend, self._outbox)
         self._canary = parts.guard and ReplicaCanary(parts, parts.guard, backend, self.by_hand)
         self._use_every_s = min(USE_EVERY_S, session_ttl_s / 4)
@@ -64,6 +71,10 @@ class Replica:
         if self._canary is not None:
             judging = threading.Thread(target=self._canary.run_until, args=(self._stopping,), name="canary")
             self._threads.append(judging)
+        self._global = GlobalLearner(parts, backend, self._judge) if learn_global else None
+        if self._global is not None:
+            learning = threading.Thread(target=self._global.run_until, args=(self._stopping,), name="global")
+            self._threads.append(learning)
         try:
             self._follower.catch_up()
         except StoreUnavailable as error:
@@ -72,7 +83,8 @@ class Replica:
     @property
     def last_error(self) -> BaseException | None:
         """Why readers may have old keys, or windows wait; None when they do not."""
-        return self._failure or self._follower.refusal
+        learning = None if self._global is None else self._global.failure
+        return self._failure or self._follower.refusal or learning
 
     def start(self) -> None:
         """Follow and send in threads of their own until `stop`."""
@@ -111,7 +123,8 @@ class Replica:
         published: list[KeySnapshot] = []
         end = self._parts.news.published.add(published.append)
         try:
-            self._have_everything_learned(time.monotonic() + PATIENCE_S)
+            patience_s = PATIENCE_S if self._global is None else PATIENCE_S + LEASE_S
+            self._have_everything_learned(time.monotonic() + patience_s)
         finally:
             end()
         return published
@@ -133,10 +146,10 @@ class Replica:
         raise AssertionError(self)
 
     def counters(self) -> LearningCounters:
-        """What this process has handed in; what became of it the workers count."""
+        """What this process has handed in; what became of it the workers count, but for the global scope."""
         windows, oldest_s = self._outbox.waiting()
         return LearningCounters(
-            updates={},
+            updates={} if self._global is None else self._global.updates(),
             canary_rollbacks=0 if self._canary is None else self._canary.rollbacks,
             dropped=self._outbox.dropped(),
             last_update_s=0.0,
@@ -152,7 +165,7 @@ class Replica:
             connected=self._failure is None,
             outbox_scopes=outbox.scopes,
             pending_entries=outbox.pending,
-            resent=outbox.resent,
+            resent=outbox.sender.resent,
             resyncs=follower.resyncs,
             regressions=follower.regressions,
             refused=follower.refused,
@@ -163,6 +176,10 @@ class Replica:
     def closing(self) -> AbstractContextManager[object]:
         """Nothing is learned here."""
         return nullcontext()
+
+    def _judge(self, snapshot: KeySnapshot) -> None:
+        assert self._canary is not None, snapshot
+        self._canary.judge(snapshot)
 
     def _have_everything_learned(self, deadline_s: float) -> None:
         while True:
@@ -192,6 +209,7 @@ class Replica:
                 if self._parts.clock() - used_at > self._use_every_s:
                     now = self._parts.clock()
                     self._backend.use.note(self._parts.ledger.shelf.used_since(used_at))
+                    self._outbox.sender.stay_known()
                     used_at = now
             except KeyStoreError as error:
                 retry_s = self._note_failure(error, retry_s)
@@ -224,6 +242,7 @@ class Replica:
             while self._outbox.waiting()[0] and time.monotonic() < deadline_s:
                 if not self._outbox.send_waiting():
                     time.sleep(FULL_RETRY_S)
+            self._outbox.leave()
         except StoreUnavailable as error:
             logger.warning("not sent: %s", error)
         windows, _ = self._outbox.waiting()

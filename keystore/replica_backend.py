@@ -1,9 +1,14 @@
 """A replica's way to the shared store: what it reads, sends and claims, over connections of its own."""
 
+from uuid import uuid4
+
 from keystore.backends.base import StoredVersion
 from keystore.backends.redis import RedisBackend
 from keystore.backends.redis_client import RedisClient
+from keystore.backends.redis_lease import Lease, Leases
+from keystore.backends.redis_leased import LeasedBackend
 from keystore.backends.redis_model import ModelCard
+from keystore.backends.redis_producers import Producers
 from keystore.backends.redis_seal import Seal
 from keystore.backends.redis_streams import DeltaStream, StatsStream
 from keystore.backends.redis_use import SessionUse
@@ -21,8 +26,9 @@ class ReplicaBackend(RedisBackend):
 
     def __init__(self, client: RedisClient, card: ModelCard, seal: Seal, shards: int) -> None:
         super().__init__(client, card.names, seal=seal, card=card, shards=shards)
-        self.shards, self.away = shards, False
+        self.card, self.shards, self.away = card, shards, False
         self.stats = StatsStream(client, card.names, seal)
+        self.producers = Producers(client, card.names)
         self.deltas = DeltaStream(client, card.names, seal)
         self.use = SessionUse(client, card.names)
 
@@ -38,6 +44,14 @@ class ReplicaBackend(RedisBackend):
         if self._client.call("SET", name, claim, "NX", "EX", CLAIM_S) is not None:
             return True
         return self._client.call("GET", name) == claim.encode()
+
+    def leases(self, ttl_ms: int) -> Leases:
+        """The model's shards, as this process takes and leaves them."""
+        return Leases(self._client, self._names, uuid4().hex, ttl_ms=ttl_ms)
+
+    def leased(self, lease: Lease) -> LeasedBackend:
+        """The store as the holder of a lease writes it."""
+        return LeasedBackend(self._client, self._names, lease, seal=self._seal, shards=self.shards)
 
     def close(self) -> None:
         """Drop the connections."""

@@ -67,18 +67,13 @@ class ReplicaCanary:
             with self._changed:
                 scope, snapshot = next(iter(self._waiting.items()))
             if self._backend.claim_canary(scope, f"{self._name} {snapshot.version}"):
-                self._judge(snapshot)
+                self.judge(snapshot)
             with self._changed:
                 if self._waiting.get(scope) is snapshot:
                     del self._waiting[scope]
 
-    def _note(self, snapshot: KeySnapshot) -> None:
-        if self._guard.is_due(snapshot):
-            with self._changed:
-                self._waiting[snapshot.scope] = snapshot
-                self._changed.notify_all()
-
-    def _judge(self, snapshot: KeySnapshot) -> None:
+    def judge(self, snapshot: KeySnapshot) -> None:
+        """Judge a version that readers have; one that fails is taken back. Raises StoreUnavailable."""
         scope, shelf = snapshot.scope, self._parts.ledger.shelf
         reading = self._guard.judge(snapshot, self._parts.ledger.anchors)
         self._backend.note_canary(note_of(reading))
@@ -87,7 +82,7 @@ class ReplicaCanary:
         passed = self._backend.passed_version(scope)
         log_failed(reading, f"going back to version {passed}")
         latest = shelf.latest(scope)
-        if latest is not snapshot and not latest.is_learned:
+        if latest.version != snapshot.version and not latest.is_learned:
             logger.info("somebody changed the keys meanwhile", extra={"scope": str(scope)})
             return
         reason = f"rollback to {passed}: {reading} at version {snapshot.version}"
@@ -95,3 +90,9 @@ class ReplicaCanary:
             lambda: self._parts.return_to(scope, lambda: find_or_anchors(shelf, scope, passed), reason, None)
         )
         self.rollbacks += 1
+
+    def _note(self, snapshot: KeySnapshot) -> None:
+        if self._guard.is_due(snapshot):
+            with self._changed:
+                self._waiting[snapshot.scope] = snapshot
+                self._changed.notify_all()

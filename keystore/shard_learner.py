@@ -5,68 +5,33 @@ the lease next goes on at the front of the stream. Reads the store again wheneve
 """
 
 import logging
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from uuid import UUID
 
-from keystore.backends.base import VersionRecord
+from keystore.backends.base import CanaryNote
 from keystore.backends.redis_leased import LeasedBackend, Receipt
-from keystore.backends.redis_names import shard_of
+from keystore.backends.redis_names import GLOBAL_SHARD
 from keystore.backends.redis_streams import StatsEntry, StatsStream
-from keystore.backends.redis_use import SessionUse
+from keystore.canary import CanaryReading, log_failed, note_of
 from keystore.errors import Fenced, KeyStoreError, StoreUnavailable, VersionConflict
 from keystore.freezing import FrozenScopes
+from keystore.learner_counters import LearnerCounters
 from keystore.learning import Learner, Progress
 from keystore.ledger import Ledger, Stored
 from keystore.records import GravityConfig, ScopeId
+from keystore.session_ends import SessionEnds
 from keystore.shelf import ShelfLimits
 from keystore.snapshot import LEARNED, KeySnapshot, checksum_of, read_only
 from keystore.statistics import RoutingStats
 
 BATCH_ENTRIES = 64
-ENTRY_OUTCOMES = ("learned", "duplicate", "refused", "rejected", "frozen", "superseded")
+
+Judge = Callable[[KeySnapshot, KeySnapshot], CanaryReading]  # of a version, and of what it was learned from
 
 logger = logging.getLogger(__name__)
-
-
-class LearnerCounters:
-    """What a worker has done for one model, on all its shards. Thread-safe."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._entries: Counter[str] = Counter(dict.fromkeys(ENTRY_OUTCOMES, 0))
-        self.tokens = self.versions = self.conflicts = self.fenced = self.failures = 0
-        self.last_batch_s = 0.0
-
-    def add(self, outcomes: Counter[str], tokens: int, versions: int, batch_s: float) -> None:
-        """One commit."""
-        with self._lock:
-            self._entries.update(outcomes)
-            self.tokens, self.versions = self.tokens + tokens, self.versions + versions
-            self.last_batch_s = batch_s
-
-    def count_conflict(self) -> None:
-        """A commit found that somebody had changed its scopes by hand."""
-        with self._lock:
-            self.conflicts += 1
-
-    def count_fenced(self) -> None:
-        """A commit, or a renewal, came after the lease's end."""
-        with self._lock:
-            self.fenced += 1
-
-    def count_failure(self) -> None:
-        """A batch failed for another reason, and is tried again."""
-        with self._lock:
-            self.failures += 1
-
-    def entries(self) -> Mapping[str, int]:
-        """Entries by what became of them."""
-        with self._lock:
-            return dict(self._entries)
 
 
 @dataclass(slots=True, eq=False)
@@ -80,9 +45,17 @@ class _Batch:
     progress: dict[ScopeId, Progress] = field(default_factory=dict[ScopeId, Progress])
     tokens: int = 0
 
+    def reject(self, reading: CanaryReading) -> None:
+        """What they led to is not stored: they are all of one scope, whose version has failed."""
+        self.outcomes["guard_rejected"] += self.outcomes.pop("learned")
+        self.tokens = 0
+        log_failed(reading, f"{self.outcomes['guard_rejected']} entries are not published")
+
 
 class ShardLearner:
-    """Used by one thread. `origin` is version 0 of the model; `num_experts_per_tok` its experts for a token."""
+    """Used by one thread. `origin` is version 0 of the model; `num_experts_per_tok` its experts for a token. With a
+    `judge` nothing is stored that fails.
+    """
 
     def __init__(
         self,
@@ -94,17 +67,20 @@ class ShardLearner:
         num_experts_per_tok: int,
         counters: LearnerCounters,
         *,
-        use: SessionUse,
-        shards: int,
+        ends: SessionEnds,
         limits: ShelfLimits,
         versions_on_disk: int,
-        session_ttl_s: float,
+        judge: Judge | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._shard, self._backend, self._stats, self._origin = shard, backend, stats, origin
         self._gravity, self._num_experts_per_tok = gravity, num_experts_per_tok
         self.counters, self._limits, self._keep, self._clock = counters, limits, versions_on_disk, clock
-        self._use, self._shards, self._session_ttl_s = use, shards, session_ttl_s
+        self._judge = judge
+        self._ends, self._ended_at = (
+            ends,
+            dict[ScopeId, float](),
+        )  # unix seconds, of what may still have entries
         self._shapes = {layer: origin.keys_of(layer).shape for layer in origin.usage}
         self._ledger: Ledger | None = None  # None: to be read
         self._watermarks: Mapping[UUID, int] = {}
@@ -120,6 +96,8 @@ class ShardLearner:
             if not entries:
                 return 0
             started_s = time.monotonic()
+            if self._judge is not None:
+                self._ledger = None  # what fails is dropped: it has to have had the newest version
             ledger = self._ledger or self._read()
             batch = self._learn(ledger, entries)
             published = self._commit(ledger, batch)
@@ -140,23 +118,16 @@ class ShardLearner:
             self._shard, b"0", self._shapes, bonding=bonding, count=BATCH_ENTRIES, block_ms=block_ms
         )
 
-    def expire_sessions(self) -> list[ScopeId]:
-        """Delete the shard's sessions that no replica has read and nobody has taught for `session_ttl_s`.
+    def end_sessions(self) -> list[ScopeId]:
+        """Delete the shard's sessions that are due. What was sent to teach them before teaches nobody.
 
         Raises Fenced, StoreUnavailable.
         """
         ledger, now = self._read(), self._clock()
-        unused_since = now - self._session_ttl_s
-        untaught = [
-            session
-            for session in ledger.shelf.idle_sessions(unused_since)
-            if shard_of(session, self._shards) == self._shard
-        ]
-        read_at = self._use.of(untaught)
-        expired = [session for session in untaught if read_at.get(session, 0.0) < unused_since]
-        ledger.delete(expired, now)
-        self._use.forget(expired)
-        return expired
+        ended = ledger.delete(self._ends.due(ledger.shelf.heads(), now), now)
+        self._ends.forget(ended)
+        self._ended_at.update(dict.fromkeys(ended, now))
+        return ended
 
     def _read(self) -> Ledger:
         self._watermarks = self._stats.watermarks(self._shard)
@@ -186,11 +157,13 @@ class ShardLearner:
             return "duplicate"
         batch.watermarks[window.producer] = window.sequence
         stats = window.stats
+        if (stats.scope.kind == "global") != (self._shard == GLOBAL_SHARD):
+            return "refused"
         if frozen.has(stats.scope):
             return "frozen"
         try:
             before = batch.progress.get(stats.scope) or ledger.progress(stats.scope)
-            if _is_older(entry, before.snapshot):
+            if _is_older(entry, before.snapshot) or self._came_before_the_end(entry, stats.scope):
                 return "superseded"
             base = batch.bases.get(stats.scope, before.snapshot)
             after = self._advance(learner, before, stats, ledger.next_version(stats.scope, base))
@@ -203,6 +176,11 @@ class ShardLearner:
         batch.tokens += stats.tokens
         return "learned"
 
+    def _came_before_the_end(self, entry: StatsEntry, session: ScopeId) -> bool:
+        """Whether an entry was sent before its session was deleted."""
+        self._ended_at = {each: at for each, at in self._ended_at.items() if at >= _sent_at(entry)}
+        return session in self._ended_at
+
     def _advance(self, learner: Learner, before: Progress, stats: RoutingStats, version: int) -> Progress:
         learner.check_fits(stats)
         return learner.advance(before, stats, version, self._clock())
@@ -210,17 +188,28 @@ class ShardLearner:
     def _commit(self, ledger: Ledger, batch: _Batch) -> Sequence[KeySnapshot]:
         """One version of every scope that was taught, also where no key moved: its tokens and usage are learned."""
         snapshots: list[KeySnapshot] = []
-        records: list[VersionRecord] = []
+        note: CanaryNote | None = None
         for scope, progress in batch.progress.items():
             base = batch.bases[scope]
             snapshot = self._version_after(base, progress, scope, ledger.next_version(scope, base))
+            if self._judge is not None:
+                reading = self._judge(snapshot, base)
+                snapshot, note = replace(snapshot, reason=f"{snapshot.reason}; {reading}"), note_of(reading)
+                if not reading.passed:
+                    batch.reject(reading)
+                    continue
             snapshots.append(snapshot)
-            records.append(replace(ledger.record(snapshot, base), settling=progress.settling))
+        records = [
+            replace(
+                ledger.record(each, batch.bases[each.scope]), settling=batch.progress[each.scope].settling
+            )
+            for each in snapshots
+        ]
         self._backend.expect(Receipt(batch.entry_ids, batch.watermarks))
         if records:
-            ledger.commit(records, snapshots)
+            ledger.commit(records, snapshots, note)
         else:
-            self._backend.consume()
+            self._backend.commit([], note)
         self._watermarks = {**self._watermarks, **batch.watermarks}
         ledger.thin(snapshots, self._keep)
         return snapshots
@@ -244,10 +233,12 @@ class ShardLearner:
 
 
 def _is_older(entry: StatsEntry, snapshot: KeySnapshot) -> bool:
-    """Whether an entry was sent before somebody replaced the scope's keys by `snapshot`: it is about others.
-
-    An entry's id begins with the milliseconds of Redis's clock.
-    """
+    """Whether an entry was sent before somebody replaced the scope's keys by `snapshot`: it is about others."""
     if snapshot.is_learned or snapshot.version == 0:
         return False
-    return int(entry.entry_id.partition(b"-")[0]) <= 1000 * snapshot.created_at
+    return _sent_at(entry) <= snapshot.created_at
+
+
+def _sent_at(entry: StatsEntry) -> float:
+    """Unix seconds, by Redis's clock: an entry's id begins with its milliseconds."""
+    return int(entry.entry_id.partition(b"-")[0]) / 1000

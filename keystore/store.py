@@ -208,6 +208,7 @@ class KeyStore:
             live_sessions=self._ledger.shelf.live_sessions(),
             index_recall=self._index_builder.recall(),
             index_builds=self._index_builder.builds(),
+            operations=self._ledger.durations.reading(),
         )
 
     def replication(self) -> ReplicationCounters | None:

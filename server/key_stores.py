@@ -90,7 +90,10 @@ def _open_replica(
 
     def replica(parts: StoreParts) -> Replica:
         scopes, ttl_s = shared.queue_windows, shared.session_ttl_s
-        made.append(Replica(parts, backend, outbox_scopes=scopes, session_ttl_s=ttl_s))
+        everybodys = settings.endpoints[name].learn_scope == "global"
+        made.append(
+            Replica(parts, backend, outbox_scopes=scopes, session_ttl_s=ttl_s, learn_global=everybodys)
+        )
         return made[0]
 
     try:
@@ -99,6 +102,7 @@ def _open_replica(
             card.anchors,
             backend=backend,
             plastic_layers=layers,
+            versions_on_disk=shared.versions_on_disk,
             guard=guard,
             learning_side=replica,
             **_common(name, settings, folder),

@@ -1,15 +1,12 @@
 """Metrics of key stores that several servers share: how this one keeps up with the others."""
 
-import itertools
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from prometheus_client.core import HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
-from prometheus_client.utils import floatToGoString
 
-from server.metrics_families import PREFIX, counter, gauge
+from server.metrics_families import PREFIX, buckets, counter, gauge
 from server.registry import Registry
 
 
@@ -43,11 +40,5 @@ class ReplicaCollector(Collector):
             resyncs.add_metric([name], reading.resyncs)
             regressions.add_metric([name], reading.regressions)
             refused.add_metric([name], reading.refused)
-            delay.add_metric([name], _buckets(reading.delay_counts), reading.delay_sum_s)
+            delay.add_metric([name], buckets(reading.delay_counts), reading.delay_sum_s)
         yield from (connected, scopes, pending, resent, resyncs, regressions, refused, delay)
-
-
-def _buckets(counts: Mapping[float, int]) -> list[tuple[str, float]]:
-    """Upper bounds, rising, with how many were at most so long."""
-    bounds = ["+Inf" if math.isinf(bound) else floatToGoString(bound) for bound in counts]
-    return list(zip(bounds, map(float, itertools.accumulate(counts.values())), strict=True))

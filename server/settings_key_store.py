@@ -16,7 +16,9 @@ class KeyStoreSettings(Section):
     versions_in_memory: Count = 8
     versions_on_disk: Count = 64
     max_sessions: Count = 1024
-    session_eviction: SessionEviction = "save"  # of sessions above max_sessions
+    session_eviction: SessionEviction = (
+        "save"  # of sessions above max_sessions; "discard": of all servers together
+    )
     session_ttl_s: Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)] = 3600.0
     exact_limit: Count = 16_384  # keys a layer; larger ones are searched through inverted lists
 
@@ -50,10 +52,6 @@ class KeyStoreSettings(Section):
         for name in ("password", "hmac_secret"):
             if getattr(self, name) is not None and getattr(self, f"{name}_file") is not None:
                 raise ValueError(f"give either {name!r} or '{name}_file'")
-        if self.session_eviction != "save":
-            raise ValueError(
-                "session_eviction 'discard' needs the embedded backend; with Redis sessions expire"
-            )
         return self
 
     def redis_password(self) -> str | None:

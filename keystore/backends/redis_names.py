@@ -1,4 +1,4 @@
-"""Every name in Redis, and which shard a scope's statistics go to.
+"""Every name in Redis, and which shard a scope's statistics go to. N is a shard's number, or `global`.
 
     libration:models                     hash    endpoint -> tag of the model that came last
     libration:{TAG}:model                hash    model_id, anchors, shards, card
@@ -15,6 +15,7 @@
     libration:{TAG}:session_floor        string  highest version of any deleted session
     libration:{TAG}:stats:N              stream  statistics of shard N that nobody has learned yet
     libration:{TAG}:watermarks:N         hash    producer -> last sequence that was learned
+    libration:{TAG}:producer:ID          string  there while a producer may send an entry again
     libration:{TAG}:lease:N, epoch:N     strings who writes shard N, and how often that changed
     libration:{TAG}:workers              zset    worker -> when it was last seen
     libration:{TAG}:canary:SCOPE         string  who judges a scope just now
@@ -23,11 +24,15 @@ All names of one model share a hash tag, so that one transaction may span them.
 """
 
 from dataclasses import dataclass
+from uuid import UUID
 from zlib import crc32
 
 from keystore.records import ScopeId
 
 MODELS = "libration:models"
+GLOBAL_SHARD = (
+    -1
+)  # of the global scope alone: what everybody has is learned by servers, since they can judge it
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,21 +105,27 @@ class RedisNames:
         return self._name("canary", scope)
 
     def stats(self, shard: int) -> str:
-        return self._name("stats", shard)
+        return self._of_shard("stats", shard)
 
     def watermarks(self, shard: int) -> str:
-        return self._name("watermarks", shard)
+        return self._of_shard("watermarks", shard)
+
+    def producer(self, producer: UUID) -> str:
+        return self._name("producer", producer.hex)
 
     def lease(self, shard: int) -> str:
-        return self._name("lease", shard)
+        return self._of_shard("lease", shard)
 
     def epoch(self, shard: int) -> str:
-        return self._name("epoch", shard)
+        return self._of_shard("epoch", shard)
 
-    def _name(self, kind: str, of: ScopeId | int | None = None) -> str:
+    def _of_shard(self, kind: str, shard: int) -> str:
+        return self._name(kind, "global" if shard == GLOBAL_SHARD else str(shard))
+
+    def _name(self, kind: str, of: ScopeId | str | None = None) -> str:
         return f"libration:{{{self.tag}}}:{kind}" + ("" if of is None else f":{of}")
 
 
 def shard_of(scope: ScopeId, shards: int) -> int:
     """Where a scope is learned: sessions with their tenant, whose versions they fork from."""
-    return crc32((scope.tenant or scope.kind).encode()) % shards
+    return GLOBAL_SHARD if scope.kind == "global" else crc32(scope.tenant.encode()) % shards

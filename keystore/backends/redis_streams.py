@@ -37,8 +37,8 @@ class StatsStream:
         return self._seal.close(pack_window(window), self._names.stats(shard))
 
     def send(self, shard: int, entry: bytes) -> None:
-        """Append an entry. After StoreUnavailable send the same bytes again, before any later ones of the producer:
-        the watermark tells duplicates apart.
+        """Append an entry of a known producer. After StoreUnavailable the same bytes go through `Producers.send_again`,
+        before any later ones of the producer: the watermark tells duplicates apart.
         """
         self._client.call("XADD", self._names.stats(shard), "*", "window", entry)
 
@@ -57,7 +57,7 @@ class StatsStream:
         return [self._open(name, entry_id, fields, shapes, bonding=bonding) for entry_id, fields in found]
 
     def watermarks(self, shard: int) -> Mapping[UUID, int]:
-        """The highest sequence of every producer that is part of the store."""
+        """The highest sequence that is part of the store, of every producer that is known."""
         found = self._client.call("HGETALL", self._names.watermarks(shard))
         return {UUID(hex=producer.decode()): int(sequence) for producer, sequence in found.items()}
 

@@ -28,7 +28,11 @@ class WorkedModels:
         self._client, self._settings = client, settings
         self._seal, shared = seal_of(settings.key_store), settings.key_store
         self._limits = WorkerLimits(
-            shared.max_sessions, shared.versions_on_disk, shared.session_ttl_s, settings.worker.lease_s
+            max_sessions=shared.max_sessions,
+            session_eviction=shared.session_eviction,
+            versions_on_disk=shared.versions_on_disk,
+            session_ttl_s=shared.session_ttl_s,
+            lease_s=settings.worker.lease_s,
         )
         self.name = f"{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:8]}"
         self.running: dict[str, ModelWorker] = {}  # by tag; swapped, never changed

@@ -2,25 +2,30 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from uuid import UUID
 
 import pytest
 from redis.exceptions import NoPermissionError
 
 from keystore.backends.redis_client import RedisClient
-from keystore.backends.redis_names import RedisNames
+from keystore.backends.redis_lease import Lease, Leases
+from keystore.backends.redis_leased import LeasedBackend, Receipt
+from keystore.backends.redis_names import GLOBAL_SHARD, RedisNames
+from keystore.backends.redis_producers import Producers
+from keystore.backends.redis_seal import Seal
 from keystore.errors import StoreUnavailable
 from keystore.records import ScopeId
 
 NAMES, SCOPE = RedisNames("cafe"), ScopeId("tenant", "default")
 OF_WORKERS = {NAMES.lease(0), NAMES.epoch(0), NAMES.workers}
-OF_SHARDS = {"stats", "watermarks", "lease", "epoch"}
+GIVEN = dict.fromkeys(("stats", "watermarks", "lease", "epoch"), 0) | {"producer": UUID(int=1)}
 
 
 def names_in_redis() -> Iterator[str]:
     """One name of every kind."""
     for kind in (kind for kind in dir(NAMES) if not kind.startswith("_") and kind != "tag"):
         found = getattr(NAMES, kind)
-        yield found if isinstance(found, str) else found(0 if kind in OF_SHARDS else SCOPE)
+        yield found if isinstance(found, str) else found(GIVEN.get(kind, SCOPE))
 
 
 @pytest.fixture
@@ -58,6 +63,20 @@ def refused(client: RedisClient) -> set[str]:
 def test_leases_and_nothing_else_are_out_of_a_servers_reach(log_in) -> None:
     assert refused(log_in("server")) == OF_WORKERS
     assert refused(log_in("worker")) == set()
+
+
+def test_a_server_may_learn_the_global_scope_and_nobody_elses(log_in) -> None:
+    leases = Leases(log_in("server"), NAMES, "a server")
+    lease = leases.take(GLOBAL_SHARD)
+    assert lease == Lease(GLOBAL_SHARD, "a server", 1)
+    leases.renew(lease)
+    backend = LeasedBackend(log_in("server"), NAMES, lease, seal=Seal(), shards=8)
+    backend.expect(Receipt([b"1-0"], {UUID(int=1): 1}))
+    backend.consume()
+    assert Producers(log_in("server"), NAMES).forget_unknown(GLOBAL_SHARD) == 1
+    leases.release(lease)
+    with pytest.raises(NoPermissionError):
+        leases.take(0)
 
 
 @pytest.mark.parametrize("user", ["server", "worker"])

@@ -2,11 +2,17 @@
 
 # M = 16 experts, D = 8, two layers of which layer 3 and 5 are plastic and layer 1 is not
 
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+sys.path.append(str(Path(__file__).parent))  # tests are not a package
+
+from cluster import Cluster
 
 from keystore.backends.base import Backend
 from keystore.backends.embedded import EmbeddedBackend
@@ -158,3 +164,10 @@ def open_here(path: Path) -> Iterator[Callable[..., KeyStore]]:
 @pytest.fixture
 def store(open_here: Callable[..., KeyStore], clock: Clock) -> KeyStore:
     return open_here(clock=clock)
+
+
+@pytest.fixture
+def cluster(redis_server, card: ModelCard) -> Iterator[Cluster]:
+    """Replicas and workers of a Redis of their own."""
+    with ExitStack() as ending:
+        yield Cluster(redis_server, card, ending)

@@ -150,7 +150,7 @@ def test_who_cannot_learn_whether_a_commit_happened_is_told_so(
 
 
 def test_a_commit_that_had_happened_is_not_fenced_afterwards(behind_proxy, proxy, redis_client, card) -> None:
-    lease = Leases(redis_client, card.names, "first").take(0)
+    lease = Leases(redis_client, card.names, "first", ttl_ms=600_000).take(0)
     backend = LeasedBackend(behind_proxy._client, card.names, lease, seal=Seal(), shards=8)
     proxy.lose, proxy.on_loss = "answer", lambda: redis_client.call("PEXPIRE", card.names.lease(0), 0)
     backend.commit([record(1)])
@@ -178,7 +178,7 @@ def test_a_send_whose_answer_is_lost_is_never_repeated_unasked(
 
 @pytest.mark.parametrize("lost", ["request", "answer"])
 def test_a_renewal_whose_answer_is_lost_does_not_lose_the_lease(behind_proxy, proxy, card, lost) -> None:
-    leases = Leases(behind_proxy._client, card.names, "first")
+    leases = Leases(behind_proxy._client, card.names, "first", ttl_ms=600_000)
     lease = leases.take(0)
     proxy.lose = lost
     leases.renew(lease)
@@ -219,10 +219,10 @@ def test_without_redis_everything_says_so_and_goes_on_when_it_is_back(
     assert backend.heads()[0].version == 2
 
 
-def test_a_redis_that_hangs_is_unavailable(redis_server, card) -> None:
+def test_a_redis_that_hangs_is_unavailable(redis_server, redis_client, card) -> None:
+    RedisBackend(redis_client, card.names).commit([record(1)])
     with closing(redis_server.client(timeout_s=0.1)) as client:
         backend = RedisBackend(client, card.names)
-        backend.commit([record(1)])
         redis_server.send_signal(signal.SIGSTOP)
         with pytest.raises(StoreUnavailable):
             backend.heads()

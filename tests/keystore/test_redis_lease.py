@@ -25,7 +25,7 @@ def record(version: int) -> VersionRecord:
 
 @pytest.fixture
 def leases_of(redis_client, card) -> Callable[[str], Leases]:
-    return lambda worker: Leases(redis_client, card.names, worker)
+    return lambda worker: Leases(redis_client, card.names, worker, ttl_ms=600_000)
 
 
 @pytest.fixture

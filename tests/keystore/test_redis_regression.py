@@ -16,8 +16,10 @@ from keystore.backends.redis_streams import DeltaStream, StatsStream
 from keystore.backends.redis_use import SessionUse
 from keystore.backends.stats_blob import SentWindow
 from keystore.errors import FellBehind, StoreRegressed
+from keystore.learner_counters import LearnerCounters
 from keystore.records import GravityConfig, ScopeId
-from keystore.shard_learner import LearnerCounters, ShardLearner
+from keystore.session_ends import SessionEnds, SessionLimits
+from keystore.shard_learner import ShardLearner
 from keystore.shelf import ShelfLimits
 
 TENANT = ScopeId("tenant", "default")
@@ -83,7 +85,10 @@ def _hash_after(client: RedisClient, card, sequence: int) -> str:
 def test_a_worker_notices_once_that_the_store_has_lost_what_it_goes_on_from(
     redis_server, redis_client, card, commits_since
 ) -> None:
-    admin, lease = RedisBackend(redis_client, card.names), Leases(redis_client, card.names, "first").take(0)
+    admin, lease = (
+        RedisBackend(redis_client, card.names),
+        Leases(redis_client, card.names, "first", ttl_ms=600_000).take(0),
+    )
     backend = LeasedBackend(redis_client, card.names, lease, seal=Seal(), shards=8)
     backend.commit([record(1)])
     backend.heads()
@@ -102,7 +107,10 @@ def test_a_worker_notices_once_that_the_store_has_lost_what_it_goes_on_from(
 
 
 def test_commits_of_others_in_between_are_no_regression(redis_client, card) -> None:
-    admin, lease = RedisBackend(redis_client, card.names), Leases(redis_client, card.names, "first").take(0)
+    admin, lease = (
+        RedisBackend(redis_client, card.names),
+        Leases(redis_client, card.names, "first", ttl_ms=600_000).take(0),
+    )
     backend = LeasedBackend(redis_client, card.names, lease, seal=Seal(), shards=8)
     backend.heads()
     for version in range(1, 9, 2):
@@ -113,7 +121,7 @@ def test_commits_of_others_in_between_are_no_regression(redis_client, card) -> N
 
 
 def test_what_the_store_has_lost_is_learned_again(redis_server, redis_client, card, store_on, window) -> None:
-    gravity, lease = GravityConfig(), Leases(redis_client, card.names, "first").take(0)
+    gravity, lease = GravityConfig(), Leases(redis_client, card.names, "first", ttl_ms=600_000).take(0)
     store = store_on(RedisBackend(redis_client, card.names, card=card), gravity)
     stream = StatsStream(redis_client, card.names, Seal())
     learner = ShardLearner(
@@ -124,11 +132,9 @@ def test_what_the_store_has_lost_is_learned_again(redis_server, redis_client, ca
         gravity,
         card.num_experts_per_tok,
         LearnerCounters(),
-        use=SessionUse(redis_client, card.names),
-        shards=8,
+        ends=SessionEnds(SessionUse(redis_client, card.names), 0, 8, SessionLimits(1e6, most=None)),
         limits=ShelfLimits(1, 16),
         versions_on_disk=8,
-        session_ttl_s=1e6,
     )
     for sequence in (1, 2):
         stream.send(0, stream.entry(0, SentWindow(UUID(int=1), sequence, window(seed=sequence))))

@@ -65,7 +65,7 @@ def test_entries_come_in_the_order_they_were_sent_and_are_the_same_bytes_when_se
 
 
 def test_a_receipt_takes_its_entries_out_with_the_commit(stream, window, redis_client, card) -> None:
-    lease = Leases(redis_client, card.names, "worker").take(0)
+    lease = Leases(redis_client, card.names, "worker", ttl_ms=600_000).take(0)
     backend = LeasedBackend(redis_client, card.names, lease, seal=SECRET, shards=8)
     for sequence in (1, 2, 3):
         stream.send(0, stream.entry(0, SentWindow(FIRST, sequence, window(seed=sequence))))
@@ -226,7 +226,7 @@ def test_neither_scripts_nor_administration_are_needed(
     backend = RedisBackend(restricted, card.names, seal=SECRET, card=card)
     store = store_on(backend, clock=clock, session_ttl_s=100, versions_on_disk=1)
     stream = StatsStream(restricted, card.names, SECRET)
-    leases = Leases(restricted, card.names, "worker")
+    leases = Leases(restricted, card.names, "worker", ttl_ms=600_000)
     leased = LeasedBackend(restricted, card.names, leases.take(0), seal=SECRET, shards=8)
     for seed in range(33):
         teach(store, seed)

@@ -1,18 +1,14 @@
 """Replicas and workers of one Redis, in one process: what is taught anywhere is learned once and seen everywhere."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from cluster import LAW, SEAL, SHARDS
 
-from keystore.backends.redis_lease import Leases
-from keystore.backends.redis_leased import LeasedBackend
-from keystore.backends.redis_model import ModelCard, read_card, read_models
 from keystore.backends.redis_names import shard_of
-from keystore.backends.redis_seal import Seal
 from keystore.backends.redis_streams import StatsStream
 from keystore.backends.redis_use import SessionUse
 from keystore.canary import CanaryRun, Guard, GuardConfig
@@ -23,20 +19,12 @@ from keystore.errors import (
     VersionConflict,
     WrongGroupState,
 )
-from keystore.index_builder import IndexBuilder
-from keystore.learning import create_origin
-from keystore.model_worker import ModelWorker, WorkerLimits
+from keystore.learner_counters import ENTRY_OUTCOMES
 from keystore.outbox import MAX_PENDING_ENTRIES
-from keystore.records import GravityConfig, ScopeId
-from keystore.replica import Replica
-from keystore.replica_backend import ReplicaBackend
-from keystore.shard_learner import LearnerCounters, ShardLearner
-from keystore.shelf import ShelfLimits
-from keystore.store import KeyStore
+from keystore.records import ScopeId
 
 TENANT, OTHER = ScopeId("tenant", "default"), ScopeId("tenant", "other")
 SESSION = ScopeId("session", "default", "abc")
-SEAL, SHARDS, LAW = Seal(b"secret"), 4, GravityConfig()
 
 
 def wait_until(condition: Callable[[], object], timeout_s: float = 30.0) -> None:
@@ -44,91 +32,6 @@ def wait_until(condition: Callable[[], object], timeout_s: float = 30.0) -> None
     while not condition():
         assert time.monotonic() < deadline_s, "it did not happen in time"
         time.sleep(0.005)
-
-
-@dataclass
-class Cluster:
-    """Makes replicas and workers of one model on one Redis, and ends them."""
-
-    redis: object
-    card: ModelCard
-    ending: ExitStack
-
-    def replica(
-        self,
-        *,
-        start: bool = True,
-        gravity: GravityConfig = LAW,
-        shards: int = SHARDS,
-        session_ttl_s: float = 3600.0,
-        **options,
-    ) -> KeyStore:
-        client = self.redis.client(timeout_s=1.0)
-        backend, scopes = ReplicaBackend(client, self.card, SEAL, shards), options.pop("capacity", 16)
-        self.ending.callback(backend.close)
-        store = KeyStore(
-            self.card.model_id,
-            self.card.anchors,
-            gravity,
-            backend,
-            num_experts_per_tok=self.card.num_experts_per_tok,
-            plastic_layers=self.card.plastic_layers,
-            learning_side=lambda parts: Replica(
-                parts, backend, outbox_scopes=scopes, session_ttl_s=session_ttl_s
-            ),
-            **options,
-        )
-        self.ending.callback(store.close)
-        if start:
-            store.learning.start()
-        self.ending.callback(store.learning.stop, flush=False)
-        return store
-
-    def worker(
-        self,
-        name: str = "w",
-        lease_s: float = 1.0,
-        gravity: GravityConfig = LAW,
-        session_ttl_s: float = 3600.0,
-    ) -> ModelWorker:
-        client = self.redis.client(timeout_s=1.0)
-        names = read_models(client)[self.card.endpoint]
-        card, shards = read_card(client, names, SEAL)
-        limits = WorkerLimits(64, 64, session_ttl_s, lease_s)
-        worker = ModelWorker(client, names, card, shards, gravity, SEAL, name, limits)
-        self.ending.callback(client.close)
-        self.ending.callback(worker.stop)
-        worker.start()
-        return worker
-
-    def learner(self, shard: int) -> ShardLearner:
-        """What a worker's thread uses, without the thread."""
-        client = self.redis.client(timeout_s=1.0)
-        self.ending.callback(client.close)
-        names = self.card.names
-        lease = Leases(client, names, "by hand", ttl_ms=60_000).take(shard)
-        builder = IndexBuilder(2**62)
-        self.ending.callback(builder.close)
-        return ShardLearner(
-            shard,
-            LeasedBackend(client, names, lease, seal=SEAL, shards=SHARDS),
-            StatsStream(client, names, SEAL),
-            create_origin(self.card.model_id, self.card.anchors, LAW, self.card.plastic_layers, builder, 0.0),
-            LAW,
-            self.card.num_experts_per_tok,
-            LearnerCounters(),
-            use=SessionUse(client, names),
-            shards=SHARDS,
-            limits=ShelfLimits(1, 64),
-            versions_on_disk=64,
-            session_ttl_s=3600.0,
-        )
-
-
-@pytest.fixture
-def cluster(redis_server, card) -> Iterator[Cluster]:
-    with ExitStack() as ending:
-        yield Cluster(redis_server, card, ending)
 
 
 def test_what_one_replica_is_taught_both_have_bit_for_bit(cluster, window) -> None:
@@ -169,16 +72,21 @@ def test_duplicates_of_an_entry_teach_once(cluster, window) -> None:
 
 def test_an_entry_whose_arrival_is_uncertain_is_sent_again_and_teaches_once(cluster, window) -> None:
     store, shard = cluster.replica(), shard_of(TENANT, SHARDS)
-    stream, sent = store.learning._outbox._stream, []
-    send = stream.send
+    sender, sent = store.learning._outbox.sender, []
+    stream = sender._stream
 
-    def send_and_lose_the_answer(shard: int, entry: bytes) -> None:
-        sent.append(entry)
-        send(shard, entry)
-        if len(sent) in (1, 2, 4):
-            raise StoreUnavailable("the answer is lost")
+    def losing(send: Callable[..., bool | None]) -> Callable[..., bool | None]:
+        def send_and_lose_the_answer(*words: object) -> bool | None:
+            arrived = send(*words)
+            sent.append(words[-1])
+            if len(sent) in (1, 2, 4):
+                raise StoreUnavailable("the answer is lost")
+            return arrived
 
-    stream.send = send_and_lose_the_answer
+        return send_and_lose_the_answer
+
+    stream.send = losing(stream.send)
+    sender._producers.send_again = losing(sender._producers.send_again)
     for number in range(3):
         store.submit(window(seed=number))
         wait_until(lambda: not store.counters().waiting_windows)
@@ -187,8 +95,27 @@ def test_an_entry_whose_arrival_is_uncertain_is_sent_again_and_teaches_once(clus
     assert stream.pending(shard) == 6
     worker = cluster.worker()
     wait_until(lambda: store.view(TENANT).tokens == 3 * 32)
-    assert worker.counters.entries()["duplicate"] == 3
+    wait_until(lambda: worker.counters.entries()["duplicate"] == 3)
     assert worker.counters.tokens == 3 * 32
+
+
+def test_a_window_waits_until_it_has_arrived(cluster, window) -> None:
+    store, seen = cluster.replica(start=False), list[int]()
+    stream = store.learning._outbox._stream
+
+    def looking(act: Callable[..., object]) -> Callable[..., object]:
+        def act_and_look(*words: object) -> object:
+            done = act(*words)
+            seen.append(store.counters().waiting_windows)
+            return done
+
+        return act_and_look
+
+    stream.entry, stream.send = looking(stream.entry), looking(stream.send)
+    assert store.submit(window())
+    assert store.learning._outbox.send_waiting()
+    assert seen == [1, 1]
+    assert store.counters().waiting_windows == 0
 
 
 def test_windows_that_move_no_key_are_learned_durably(cluster, window) -> None:
@@ -268,9 +195,9 @@ def test_while_redis_is_away_everything_is_served_and_nothing_is_lost(cluster, w
     wait_until(lambda: first.view(TENANT).tokens == second.view(TENANT).tokens == 81 * 32)
     assert first.view(TENANT).checksum == second.view(TENANT).checksum
     wait_until(lambda: not first.degraded and not second.degraded)
-    assert first.counters().waiting_windows == 0
+    wait_until(lambda: first.counters().waiting_windows == 0)
     assert second.view(SESSION).checksum == first.view(SESSION).checksum
-    assert worker.counters.tokens == 82 * 32
+    wait_until(lambda: worker.counters.tokens == 82 * 32)
     assert first.replication().regressions == 0
 
 
@@ -323,7 +250,7 @@ def test_a_change_by_hand_on_any_replica_holds_everywhere(cluster, window) -> No
     first.news.replaced.add(replaced.append)
     assert second.rollback(TENANT, 1, if_version=2) == 3
     wait_until(lambda: first.view(TENANT).version == 3)
-    assert replaced == [TENANT]
+    wait_until(lambda: replaced == [TENANT])
     assert first.view(TENANT).checksum == second.view(TENANT, 1).checksum
     with pytest.raises(VersionConflict, match="is at version 3, not 2"):
         first.rollback(TENANT, 1, if_version=2)
@@ -365,12 +292,14 @@ def test_statistics_from_before_a_rollback_are_dropped(cluster, window) -> None:
 def test_a_worker_that_learned_on_replaced_keys_begins_anew(cluster, window) -> None:
     store, learner = cluster.replica(), cluster.learner(shard_of(TENANT, SHARDS))
     store.submit(window(seed=1))
-    assert learner.learn_some(block_ms=900) == 1
+    wait_until(lambda: store.counters().waiting_windows == 0)
+    assert learner.learn_some() == 1
     wait_until(lambda: store.view(TENANT).version == 1)
     store.reset(TENANT)
+    time.sleep(0.002)  # what comes in the same millisecond counts as sent before
     store.submit(window(seed=2))
     wait_until(lambda: store.counters().waiting_windows == 0)
-    assert learner.learn_some(block_ms=900) == 0
+    assert learner.learn_some() == 0
     assert learner.counters.conflicts == 1
     assert learner.learn_some() == 1
     wait_until(lambda: store.view(TENANT).version == 3)
@@ -392,13 +321,13 @@ def test_a_store_that_went_back_is_followed_back(cluster, window) -> None:
     wait_until(lambda: store.view(TENANT).version == 1)
     assert store.view(TENANT).checksum == kept.checksum
     assert store.replication().regressions == 1
-    assert replaced == [TENANT]
+    wait_until(lambda: replaced == [TENANT])
     with pytest.raises(KeyVersionUnavailable):
         store.view(TENANT, 2)
     store.submit(window(seed=3))
     wait_until(lambda: store.view(TENANT).version == 2)
     assert store.view(TENANT, 2).checksum != lost.checksum
-    assert worker.counters.tokens == 3 * 32
+    wait_until(lambda: worker.counters.tokens == 3 * 32)
 
 
 def test_a_gap_in_the_stream_of_commits_is_closed_from_the_heads(cluster, window) -> None:
@@ -413,7 +342,7 @@ def test_a_gap_in_the_stream_of_commits_is_closed_from_the_heads(cluster, window
     late.learning.start()
     wait_until(lambda: late.view(TENANT).version == 3)
     assert late.view(TENANT).checksum == first.view(TENANT).checksum
-    assert heard == [3]
+    wait_until(lambda: heard == [3])
     assert late.replication().resyncs == 1
 
 
@@ -440,14 +369,8 @@ def test_above_the_limit_windows_wait_and_are_merged(cluster, window) -> None:
     worker = cluster.worker()
     wait_until(lambda: store.view(TENANT).tokens == 5 * 32)
     assert store.view(TENANT).version == 1
-    assert worker.counters.entries() == {
-        "learned": 1,
-        "duplicate": 0,
-        "refused": MAX_PENDING_ENTRIES,
-        "rejected": 0,
-        "frozen": 0,
-        "superseded": 0,
-    }
+    entries = dict.fromkeys(ENTRY_OUTCOMES, 0) | {"learned": 1, "refused": MAX_PENDING_ENTRIES}
+    wait_until(lambda: worker.counters.entries() == entries)
 
 
 def test_workers_share_the_shards_and_take_over_from_one_another(cluster, window) -> None:
@@ -455,14 +378,18 @@ def test_workers_share_the_shards_and_take_over_from_one_another(cluster, window
     one = cluster.worker("one")
     wait_until(lambda: len(one.held) == SHARDS)
     two = cluster.worker("two")
-    wait_until(lambda: len(one.held) == len(two.held) == SHARDS // 2)
-    assert sorted([*one.held, *two.held]) == list(range(SHARDS))
+
+    def shared_evenly() -> bool:
+        held = one.held
+        return len(held) == SHARDS // 2 and sorted([*held, *two.held]) == list(range(SHARDS))
+
+    wait_until(shared_evenly)
     tenants = [ScopeId("tenant", name) for name in "abcdefgh"]
     assert len({shard_of(tenant, SHARDS) for tenant in tenants}) == SHARDS
     for tenant in tenants:
         store.submit(window(tenant))
     wait_until(lambda: all(store.view(tenant).version == 1 for tenant in tenants))
-    assert min(one.counters.tokens, two.counters.tokens) > 0
+    wait_until(lambda: min(one.counters.tokens, two.counters.tokens) > 0)
     one.stop()
     wait_until(lambda: len(two.held) == SHARDS)
     for tenant in tenants:
@@ -478,9 +405,9 @@ def test_what_does_not_fit_a_shared_store_is_refused(cluster) -> None:
         cluster.replica(shards=SHARDS + 1)
 
 
-def test_a_session_lives_while_any_replica_reads_it_and_ends_for_all(cluster, window) -> None:
-    stores = first, second = [cluster.replica(session_ttl_s=4.0) for _ in range(2)]
-    cluster.worker(session_ttl_s=4.0)
+def test_a_session_lives_while_any_replica_reads_it_and_ends_for_all(cluster, window, clock) -> None:
+    stores = first, second = [cluster.replica(session_ttl_s=4.0, clock=clock) for _ in range(2)]
+    cluster.worker(session_ttl_s=4.0, clock=clock)
     left = ScopeId("session", "default", "left")
     for session in (SESSION, left):
         first.submit(window(session))
@@ -488,12 +415,16 @@ def test_a_session_lives_while_any_replica_reads_it_and_ends_for_all(cluster, wi
     gone: list[ScopeId] = []
     second.news.deleted.add(gone.append)
 
-    def only_one_is_there() -> bool:
-        assert second.view(SESSION).version == 1
-        return all(set(store.scopes()) == {SESSION} for store in stores)
-
-    wait_until(only_one_is_there)
+    clock.now_s += 1.5
+    read_at = clock.now_s
+    assert second.view(SESSION).version == 1
+    clock.now_s += 1.5  # time to tell that it was read
+    use = SessionUse(cluster.redis.client(), cluster.card.names)
+    wait_until(lambda: use.of([SESSION]) == {SESSION: read_at})
+    clock.now_s += 1.5
+    wait_until(lambda: all(store.scopes() == [SESSION] for store in stores))
     wait_until(lambda: gone == [left])
+    clock.now_s += 1.5
     wait_until(lambda: not first.scopes() and not second.scopes())
     first.submit(window(SESSION, seed=2))
     wait_until(lambda: second.view(SESSION).version == 2)  # numbers never come back
@@ -525,6 +456,8 @@ def test_one_replica_judges_a_tenants_version_and_takes_back_one_that_fails(clus
         wait_until(lambda number=number: first.view(TENANT).version == number)
     wait_until(lambda: judged() == [2])
     wait_until(lambda: any(event["event"] == "canary" for event in first.audit_trail(TENANT, 10)))
+    wait_until(lambda: second.view(TENANT).version == 3)
+    wait_until(lambda: not any(store.learning._canary._waiting for store in (first, second)))
     cluster.redis.client().call("DEL", cluster.card.names.canary(TENANT))  # as if a minute had passed
     for probe in probes:
         probe.harm = 0.1
@@ -533,4 +466,4 @@ def test_one_replica_judges_a_tenants_version_and_takes_back_one_that_fails(clus
     assert first.view(TENANT).reason.startswith("rollback to 2: canary loss +10.00 %")
     assert first.view(TENANT).checksum == second.view(TENANT, 2).checksum
     assert sorted(judged()) == [2, 4]
-    assert sum(store.counters().rollbacks["canary"] for store in (first, second)) == 1
+    wait_until(lambda: sum(store.counters().rollbacks["canary"] for store in (first, second)) == 1)

@@ -26,22 +26,25 @@ from keystore.backends.redis_client import RedisClient, RedisSettings, Transacti
 from keystore.backends.redis_lease import Leases
 from keystore.backends.redis_leased import LeasedBackend
 from keystore.backends.redis_model import ModelCard
-from keystore.backends.redis_names import shard_of
+from keystore.backends.redis_names import GLOBAL_SHARD, shard_of
 from keystore.backends.redis_seal import Seal
 from keystore.backends.redis_streams import StatsStream
 from keystore.backends.redis_use import SessionUse
 from keystore.backends.stats_blob import SentWindow
 from keystore.errors import Fenced, StoreUnavailable
 from keystore.index_builder import IndexBuilder
+from keystore.learner_counters import LearnerCounters
 from keystore.learning import Learner, Progress, create_origin
 from keystore.pool import ExpertPool
 from keystore.records import GravityConfig, ScopeId
-from keystore.shard_learner import LearnerCounters, ShardLearner
+from keystore.session_ends import SessionEnds, SessionLimits
+from keystore.shard_learner import ShardLearner
 from keystore.shelf import ShelfLimits
 from keystore.statistics import RoutingStats
 from keystore.store import KeyStore
 
 SHARDS, PRODUCERS = 2, 3
+ALL_SHARDS = (*range(SHARDS), GLOBAL_SHARD)
 SCOPES = [ScopeId("tenant", name) for name in "abc"] + [ScopeId("global")]
 GRAVITY = GravityConfig(warmup_tokens=64)  # dark energy takes part
 FAILURES = st.tuples(
@@ -169,7 +172,7 @@ class OnRedis(RuleBasedStateMachine):
         self.seen: set[bytes] = set()
         self.restarts = 0
         self.asleep: list[tuple[int, ShardLearner]] = []
-        self.workers = [self._start_worker(shard) for shard in range(SHARDS)]
+        self.workers = {shard: self._start_worker(shard) for shard in ALL_SHARDS}
 
     def teardown(self) -> None:
         for producer, shard in list(self.outboxes):
@@ -194,7 +197,7 @@ class OnRedis(RuleBasedStateMachine):
 
     @rule(
         producer=st.integers(0, PRODUCERS - 1),
-        shard=st.integers(0, SHARDS - 1),
+        shard=st.sampled_from(ALL_SHARDS),
         lost=st.sampled_from(["nothing", "answer"]),
     )
     def send(self, producer: int, shard: int, lost: str) -> None:
@@ -210,23 +213,23 @@ class OnRedis(RuleBasedStateMachine):
         if lost == "nothing":
             outbox.popleft()
 
-    @rule(shard=st.integers(0, SHARDS - 1), data=st.data())
+    @rule(shard=st.sampled_from(ALL_SHARDS), data=st.data())
     def send_again_what_arrived_long_ago(self, shard: int, data: st.DataObject) -> None:
         if self.delivered[shard]:
             self.stream.send(shard, data.draw(st.sampled_from(self.delivered[shard])))
 
-    @rule(shard=st.integers(0, SHARDS - 1))
+    @rule(shard=st.sampled_from(ALL_SHARDS))
     def learn(self, shard: int) -> None:
         self.workers[shard].learn_some()
 
-    @rule(shard=st.integers(0, SHARDS - 1), failure=FAILURES, dies=st.booleans())
+    @rule(shard=st.sampled_from(ALL_SHARDS), failure=FAILURES, dies=st.booleans())
     def fail_while_learning(self, shard: int, failure: tuple[int, str], dies: bool) -> None:
         with self.client.steps.armed(failure), suppress(StoreUnavailable):
             self.workers[shard].learn_some()
         if dies:
             self.crash(shard)
 
-    @rule(shard=st.integers(0, SHARDS - 1))
+    @rule(shard=st.sampled_from(ALL_SHARDS))
     def crash(self, shard: int) -> None:
         self.asleep.append((shard, self.workers[shard]))
         self.client.call("DEL", self.names.lease(shard))  # its time is up
@@ -254,7 +257,7 @@ class OnRedis(RuleBasedStateMachine):
         self._compare()
 
     def _learn_everything(self) -> None:
-        for shard, worker in enumerate(self.workers):
+        for shard, worker in self.workers.items():
             while self.stream.pending(shard):
                 worker.learn_some()
 
@@ -266,6 +269,7 @@ class OnRedis(RuleBasedStateMachine):
     def _start_worker(self, shard: int) -> ShardLearner:
         lease = Leases(self.client, self.names, f"worker {next(self.numbers)}", ttl_ms=600_000).take(shard)
         assert lease is not None
+        use = SessionUse(self.client, self.names)
         return ShardLearner(
             shard,
             LeasedBackend(self.client, self.names, lease, seal=Seal(), shards=SHARDS),
@@ -274,11 +278,9 @@ class OnRedis(RuleBasedStateMachine):
             GRAVITY,
             self.card.num_experts_per_tok,
             LearnerCounters(),
-            use=SessionUse(self.client, self.names),
-            shards=SHARDS,
+            ends=SessionEnds(use, shard, SHARDS, SessionLimits(86_400.0, most=None)),
             limits=ShelfLimits(1, 16),
             versions_on_disk=8,
-            session_ttl_s=86_400.0,
         )
 
 

@@ -9,7 +9,7 @@ from keystore.worker import ConsolidationWorker
 TENANT = ScopeId("tenant", "default")
 
 
-def wait_until(condition, timeout_s: float = 10.0) -> None:
+def wait_until(condition, timeout_s: float = 30.0) -> None:
     deadline_s = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline_s
