@@ -34,7 +34,12 @@ class Credit:
 
 @torch.inference_mode()
 def loss_gradient(model: Transformer, hidden: Tensor, targets: Tensor) -> Tensor:
-    """G (T, H) float32: derivative of the next-token loss by the final hidden state, per token."""
+    """G (T, H) float32: derivative of the next-token loss by the final hidden state, per token.
+
+    Compiled code takes rare tokens as one (model.native.likely).
+    """
+    if model.decoder is not None:
+        return model.likely_head.gradient(hidden, targets)
     _, gradient = loss_and_gradient(
         hidden, model.final_norm, model.config.rms_norm_eps, model.head, targets.to(hidden.device)
     )

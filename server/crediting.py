@@ -95,9 +95,17 @@ NO_EXPERTS: Int64Array = np.empty(0, np.int64)
 
 
 def direct_gradient(model: Transformer, lesson: Lesson) -> torch.Tensor:
-    """G (T, H) of direct credit, computed once for all that learn from the lesson."""
+    """G (T, H) of direct credit, computed once for all that learn from the lesson, and with it its neighbours'.
+
+    The head is read once for the step's lessons of an endpoint, which learn alike.
+    """
     if lesson.gradient is None:
-        lesson.gradient = loss_gradient(model, lesson.hidden, lesson.targets)
+        alike = [e for e in lesson.beside if e.sequence.endpoint == lesson.sequence.endpoint] or [lesson]
+        hidden = torch.cat([each.hidden for each in alike])
+        gradients = loss_gradient(model, hidden, torch.cat([each.targets for each in alike]))
+        for each, rows in zip(alike, gradients.split([len(a.targets) for a in alike]), strict=True):
+            each.gradient = rows
+    assert lesson.gradient is not None, lesson.sequence.sequence_id
     return lesson.gradient
 
 

@@ -12,7 +12,8 @@ from keystore.backends.embedded import EmbeddedBackend
 from keystore.records import GravityConfig, ScopeId
 from keystore.store import KeyStore
 from model.blocks.base import RoutingTrace
-from server.crediting import LayerRows, plain_rows
+from model.credit import loss_gradient
+from server.crediting import LayerRows, direct_gradient, plain_rows
 from server.engine.sequence import Lesson
 from server.plasticity import Teacher
 from server.prompt_windows import PromptWindows
@@ -70,6 +71,23 @@ def lessons(tiny, chunks):
         targets = torch.tensor(TOKENS[at + 1 : at + 1 + size])
         yield Lesson(reader, tiny.keys, trace, at, hidden[: len(targets)], targets)
         at += size
+
+
+def test_lessons_of_a_step_and_an_endpoint_share_one_pass_through_the_head(tiny, monkeypatch):
+    alone = [direct_gradient(tiny.model, lesson) for lesson in lessons(tiny, (30, 1, 20))]
+    together = tuple(lessons(tiny, (30, 1, 20)))
+    for lesson, endpoint in zip(together, ("some", "other", "some"), strict=True):
+        lesson.sequence, lesson.beside = SimpleNamespace(endpoint=endpoint), together
+    passes = []
+
+    def counted(model, hidden, targets):
+        passes.append(len(hidden))
+        return loss_gradient(model, hidden, targets)
+
+    monkeypatch.setattr("server.crediting.loss_gradient", counted)
+    for lesson, gradient in zip(together, alone, strict=True):
+        assert torch.allclose(direct_gradient(tiny.model, lesson), gradient, atol=1e-6)
+    assert passes == [50, 1]
 
 
 def windows_of(tiny, store, chunks, **config):
