@@ -95,9 +95,9 @@ def sample(logits: Tensor, params: SamplingParams, generator: torch.Generator) -
         return int(logits.argmax())
     scaled = logits / params.temperature
     probabilities = (scaled - scaled.logsumexp(-1)).exp()
-    uniform = torch.rand((), generator=generator, dtype=torch.float64)
+    number = uniform(generator)
     if not params.filtered:
-        return _invert(probabilities, uniform)
+        return _invert(probabilities, number)
     count = CANDIDATES if params.top_k == 0 else min(params.top_k, CANDIDATES)
     while True:
         count = min(count, len(probabilities))
@@ -105,14 +105,19 @@ def sample(logits: Tensor, params: SamplingParams, generator: torch.Generator) -
         complete = count == len(probabilities) or params.top_k in range(1, count + 1)
         kept = _kept(top, params)
         if complete or kept < count:  # the cut lies inside the candidates
-            return int(token_ids[_invert(top[:kept], uniform)])
+            return int(token_ids[_invert(top[:kept], number)])
         count = len(probabilities)
 
 
-def _invert(weights: Tensor, uniform: Tensor) -> int:
-    """The index whose stretch of the cumulative weights holds `uniform`, a number from 0 to 1 of their sum."""
+def uniform(generator: torch.Generator) -> float:
+    """The number from 0 to 1 that a sequence spends on its next token."""
+    return float(torch.rand((), generator=generator, dtype=torch.float64))
+
+
+def _invert(weights: Tensor, number: float) -> int:
+    """The index whose stretch of the cumulative weights holds `number`, from 0 to 1, of their sum."""
     cumulative = weights.double().cumsum(0)
-    chosen = int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True))
+    chosen = int(torch.searchsorted(cumulative, number * cumulative[-1], right=True))
     return min(chosen, len(weights) - 1)
 
 

@@ -9,6 +9,7 @@ from model.blocks.routed_ffn import RoutedFfnBlock
 from model.checkpoints.names import PACKED
 from model.checkpoints.native import native_decoder
 from model.config import ModelConfig
+from model.graphs.decoder import GraphDecoder
 from model.native.decoder import supported
 from model.native.packed import bits_of
 from model.projection import Int4Weight, Projection
@@ -35,7 +36,10 @@ def assemble(config: ModelConfig, weights: Mapping[str, Tensor]) -> Transformer:
     layers = [_layer(config, weights, f"layers.{i}.") for i in range(config.num_hidden_layers)]
     final_norm = weights["final_norm"].float()
     decoder = native_decoder(config, weights, layers, final_norm)
-    return Transformer(config, weights["embedding"], layers, final_norm, weights.get("head"), decoder)
+    model = Transformer(config, weights["embedding"], layers, final_norm, weights.get("head"), decoder)
+    if model.device.type == "cuda":
+        model.graphs = GraphDecoder(model)
+    return model
 
 
 def _layer(config: ModelConfig, weights: Mapping[str, Tensor], prefix: str) -> LayerWeights:

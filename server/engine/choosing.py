@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from model.errors import GrammarExhausted
+from model.graphs.drawing import draw, pays
 from model.logprobs import TokenScore, score_tokens
-from model.sampling import adjust, sample
+from model.sampling import adjust, sample, uniform
 from server.engine.sequence import FinishReason, Sequence
 
 
@@ -24,18 +25,29 @@ class Choice:
 
 def choose(sequences: list[Sequence], logits: Tensor) -> Iterator[Choice]:
     """One choice for each sequence and its row of logits (n, V) float32."""
-    sane = logits.sum(dim=1).isfinite().tolist()  # a sum is finite only if every term is
-    greedy = logits.argmax(dim=1).tolist()
+    together = [pays(logits) and _is_plain(sequence) for sequence in sequences]
+    temperatures, numbers = [0.0] * len(sequences), [0.0] * len(sequences)
     for i, sequence in enumerate(sequences):
-        if not sane[i]:
+        if together[i] and sequence.generator is not None:
+            temperatures[i], numbers[i] = sequence.params.temperature, uniform(sequence.generator)
+    tokens = draw(logits, temperatures, numbers)
+    for i, sequence in enumerate(sequences):
+        if tokens[i] < 0:
             yield Choice(sequence, None)
             continue
         try:
-            token_id = _next_token(sequence, logits[i], greedy[i])
+            token_id = tokens[i] if together[i] else _next_token(sequence, logits[i], tokens[i])
         except GrammarExhausted:
             yield Choice(sequence, None, failure="too_complex")
             continue
         yield Choice(sequence, token_id, _scores(sequence, logits[i], token_id))
+
+
+def _is_plain(sequence: Sequence) -> bool:
+    """Whether nothing but the temperature stands between its logits and its next token."""
+    params = sequence.params
+    filtered = params.filtered and sequence.generator is not None
+    return not params.adjusted and not filtered and sequence.grammar is None
 
 
 def _next_token(sequence: Sequence, logits: Tensor, likeliest: int) -> int:

@@ -1,0 +1,1 @@
+"""One token of every sequence that is being written, as one recorded call: the way of written rows on a GPU."""
