@@ -7,6 +7,7 @@ TORCH = torch==2.13.0
 
 BIN = .venv/bin
 STAMP = .venv/.complete
+COMPILED = .venv/.compiled
 CLIENTS = .venv-clients
 PIP = $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Two cores are the reference machine: tests keep numeric libraries to one thread each.
@@ -14,7 +15,7 @@ TEST_ENV = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .PHONY: setup clients serve test test-slow test-gpu check check-deploy fmt bench clean
 
-setup: $(STAMP)
+setup: $(COMPILED)
 
 $(STAMP): requirements.lock requirements-dev.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -25,6 +26,11 @@ $(STAMP): requirements.lock requirements-dev.lock pyproject.toml
 		$(PIP) install --no-deps -r requirements.lock -r requirements-dev.lock && \
 		$(PIP) install --no-deps --no-build-isolation --editable . || \
 		{ echo "installation failed: is the package index reachable from here? (pip's own message is above)" >&2; exit 1; }
+	@touch $@
+
+# What decodes is compiled for this machine, so that the first start need not wait for it.
+$(COMPILED): $(STAMP) $(wildcard model/native/*.py)
+	@$(BIN)/python -m model.native
 	@touch $@
 
 # What other people's clients need is far more than we do, and only the slow suite needs it.
@@ -66,7 +72,7 @@ fmt: setup
 	$(BIN)/ruff format .
 
 bench: setup
-	$(BIN)/python bench/serve.py
+	$(BIN)/python bench/compare.py
 
 clean:
 	rm -rf .venv $(CLIENTS)

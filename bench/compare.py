@@ -1,11 +1,15 @@
 """Libration, transformers and llama.cpp on the same GGUF file, interleaved in one run, with equal threads.
 
-    python bench/compare.py [--rounds 5] [--threads 2] [--modes dense "some, learning"]
+    python bench/compare.py [--rounds 5] [--starts 3] [--threads 2] [--modes dense "some, learning"] [--peers transformers llama.cpp]
 
-Every round measures everybody once: the first token of a 512-token prompt, 64 new tokens behind 64 at one stream, and
-the same at eight. Libration is measured over HTTP, the peers in their own processes. Medians over the rounds, and
-ratios to each peer. llama.cpp runs with one thread and with all, since two are often slower than one; it is installed
-by npm into a temporary folder. A peer that cannot be had is said to be missing.
+Every round measures everybody once, beginning with another one each time: the first token of a 512-token prompt, 64 new
+tokens behind 64 at one stream, and the same at eight. All get the same prompts (token ids of Python's own library), write
+greedily, ignore the end token, and are timed as a whole: prompt and answer. Libration is measured over HTTP, the peers in
+processes of their own that get token ids through a pipe. Medians over rounds, and medians of the ratios within a round.
+
+Starts come first: one in an empty data folder, which converts the model, then a few as they always are. llama.cpp runs with
+one thread, with half of them and with all, since more are often slower. It is installed by npm into a temporary folder. A peer
+that cannot be had is said to be missing.
 """
 
 import argparse
@@ -15,148 +19,146 @@ import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from llama_peer import LlamaCpp, Missing, install
-from serve import (
-    LONG_PROMPT,
-    MODES,
-    NEW_TOKENS,
-    PROMPT_TOKENS,
-    LibrationServer,
-    Transformers,
-    measure_libration,
-    token_ids,
-)
+import llama_peer
+import machine
+import transformers_peer
+from compare_report import Comparison, Cost, Figures, report
+from libration_server import MODES, REST_S, LibrationServer, rest_s, token_ids
+from peer_process import Missing, PeerProcess
 
 from model.checkpoints.load import find_base_file
 
-STREAMS = 8
-COLUMNS = {
-    "one": "1 stream, tok/s",
-    "eight": "8 streams, tok/s",
-    "first": "first token of a 512-token prompt, s",
-}
-Measure = Callable[[int], Awaitable[dict[str, float]]]
+PROMPT_TOKENS, NEW_TOKENS, LONG_PROMPT, STREAMS = 64, 64, 512, 8
 
 
-def measure_llama(peer: LlamaCpp, seed: int) -> dict[str, float]:
-    first = peer.generate([token_ids(LONG_PROMPT, seed)], 1)["first"]
-    one = peer.generate([token_ids(PROMPT_TOKENS, seed + 1)], NEW_TOKENS)["seconds"]
-    prompts = [token_ids(PROMPT_TOKENS, seed + 2 + i) for i in range(STREAMS)]
-    eight = peer.generate(prompts, NEW_TOKENS)["seconds"]
+@dataclass(frozen=True, slots=True)
+class Side:
+    """Who is measured: generates so many tokens behind each of some prompts, and tells the seconds."""
+
+    name: str
+    generate: Callable[[list[list[int]], int], Awaitable[float]]
+    rest_s: float = REST_S  # behind every answer
+
+
+async def measure(side: Side, seed: int) -> Figures:
+    """Another seed is another set of prompts, none of which begins as another does."""
+
+    async def seconds(prompts: list[list[int]], tokens: int) -> float:
+        spent = await side.generate(prompts, tokens)
+        await asyncio.sleep(side.rest_s)
+        return spent
+
+    first = await seconds([token_ids(LONG_PROMPT, seed)], 1)
+    one = await seconds([token_ids(PROMPT_TOKENS, seed + 1)], NEW_TOKENS)
+    eight = await seconds([token_ids(PROMPT_TOKENS, seed + 2 + i) for i in range(STREAMS)], NEW_TOKENS)
     return {"one": NEW_TOKENS / one, "eight": STREAMS * NEW_TOKENS / eight, "first": first}
 
 
-def add_transformers(measures: dict[str, Measure], threads: int) -> None:
-    """Raises Missing."""
-    try:
-        peer = Transformers(threads)
-    except ImportError as error:
-        raise Missing(str(error)) from error
-
-    async def measure(seed: int) -> dict[str, float]:
-        return peer.measure(seed)
-
-    measures[peer.name] = measure
-
-
-def add_llama(measures: dict[str, Measure], folder: Path, threads: int) -> list[LlamaCpp]:
-    """Raises Missing."""
-    name, started = install(folder), []
-    for count in sorted({1, threads}):
-        peer = LlamaCpp(folder, find_base_file(), count, STREAMS)
-        started.append(peer)
-
-        async def measure(seed: int, peer: LlamaCpp = peer) -> dict[str, float]:
-            return measure_llama(peer, seed)
-
-        measures[f"{name}, {count} thread{'s' * (count > 1)}"] = measure
-    return started
+async def take_turns(sides: Sequence[Side], rounds: int) -> dict[str, list[Figures]]:
+    """Figures by side and round; an unmeasured round warms everybody up."""
+    results: dict[str, list[Figures]] = {side.name: [] for side in sides}
+    for number in range(rounds + 1):
+        start = number % len(sides)
+        for side in (*sides[start:], *sides[:start]):
+            measured = await measure(side, 1000 * number)
+            results[side.name] += [measured] if number else []
+        print(f"round {number} of {rounds}", file=sys.stderr)
+    return results
 
 
-def add_libration(measures: dict[str, Measure], server: LibrationServer, modes: list[str]) -> None:
-    for name in modes:
+def start_libration(folder: Path, threads: int, starts: int) -> tuple[LibrationServer, float, list[float]]:
+    """A server, the seconds of the start that converted the model, and those of the starts behind it."""
+    server = LibrationServer(folder, threads)
+    converting, usual = server.ready_s, list[float]()
+    for _ in range(starts):
+        server.stop()
+        server = LibrationServer(folder, threads)
+        usual.append(server.ready_s)
+    return server, converting, usual
 
-        async def measure(seed: int, mode: dict[str, str] = MODES[name]) -> dict[str, float]:
-            return await measure_libration(server, mode, seed)
 
-        measures[name] = measure
+def start_transformers(folder: Path, threads: int) -> Iterator[PeerProcess]:
+    yield transformers_peer.start(find_base_file(), threads)
 
 
-async def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
-    parser.add_argument("--json", action="store_true", help="print JSON for machines")
-    arguments = parser.parse_args()
-    measures: dict[str, Measure] = {}
+def start_llama(folder: Path, threads: int) -> Iterator[PeerProcess]:
+    llama_peer.install(folder)
+    for count in sorted({1, max(1, threads // 2), threads}):
+        yield llama_peer.start(folder, find_base_file(), count, STREAMS)
+
+
+PEERS: dict[str, Callable[[Path, int], Iterator[PeerProcess]]] = {
+    "transformers": start_transformers,
+    "llama.cpp": start_llama,
+}
+
+
+async def compare(arguments: argparse.Namespace) -> Comparison:
+    described = machine.described(arguments.threads)
+    print(machine.lines(described), file=sys.stderr)
     missing: list[str] = []
-    with tempfile.TemporaryDirectory() as folder:
-        server, started = LibrationServer(Path(folder), arguments.threads), []
-        try:
-            add_libration(measures, server, arguments.modes)
-            peers_from = len(measures)
-            for add in (
-                lambda: add_transformers(measures, arguments.threads),
-                lambda: started.extend(add_llama(measures, Path(folder) / "npm", arguments.threads)),
-            ):
-                try:
-                    add()
-                except Missing as error:
-                    missing.append(str(error))
-            results: dict[str, list[dict[str, float]]] = {name: [] for name in measures}
-            for number in range(arguments.rounds + 1):  # the first warms up
-                for name, measure in measures.items():
-                    measured = await measure(1000 * number)
-                    results[name] += [measured] if number else []
-                print(f"round {number} of {arguments.rounds}", file=sys.stderr)
-            resident = server.resident_mib()
-            await server.client.aclose()
-        finally:
-            server.stop()
-            for peer in started:
-                peer.stop()
-    medians = {
-        name: {key: statistics.median(r[key] for r in rounds) for key in COLUMNS}
-        for name, rounds in results.items()
-    }
-    if arguments.json:
-        print(json.dumps({"medians": medians, "missing": missing, "resident_mib": resident}))
-    else:
-        report(medians, list(medians)[peers_from:], missing, resident, arguments.threads)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as running:
+        data, npm = Path(folder) / "data", Path(folder) / "npm"
+        data.mkdir()
+        server, converting_s, starts_s = start_libration(data, arguments.threads, arguments.starts)
+        running.callback(server.stop)
+        print(f"Libration is ready after {statistics.median(starts_s):.1f} s", file=sys.stderr)
+        sides = [
+            Side(name, partial(server.generate, mode=MODES[name]), rest_s(MODES[name]))
+            for name in arguments.modes
+        ]
+        peers: dict[str, list[PeerProcess]] = {name: [] for name in arguments.peers}
+        for name, started in peers.items():
+            try:
+                for peer in PEERS[name](npm, arguments.threads):
+                    running.callback(peer.stop)
+                    started.append(peer)
+                    sides.append(Side(peer.name, peer.generate))
+                    print(f"{peer.name} is ready after {peer.ready_s:.1f} s", file=sys.stderr)
+            except Missing as error:
+                missing.append(str(error))
+        results = await take_turns(sides, arguments.rounds)
+        await server.client.aclose()
+        costs = {"Libration, all endpoints": Cost(statistics.median(starts_s), server.peak_mb())}
+        costs |= {
+            peer.name: Cost(peer.ready_s, peer.peak_mb()) for started in peers.values() for peer in started
+        }
+    return Comparison(
+        machine=described,
+        results=results,
+        peers={name: [peer.name for peer in started] for name, started in peers.items()},
+        costs=costs,
+        converting_s=converting_s,
+        missing=missing,
+    )
 
 
-def report(
-    medians: dict[str, dict[str, float]],
-    peers: list[str],
-    missing: list[str],
-    resident_mib: float,
-    threads: int,
-) -> None:
-    """Speeds as a table, then each of Libration's as ratios to each peer: above 1 is faster."""
-    print(f"| {threads} threads | {' | '.join(COLUMNS.values())} |\n|---|---|---|---|")
-    for name, mine in medians.items():
-        print(f"| {name} | {mine['one']:.1f} | {mine['eight']:.0f} | {mine['first']:.3f} |")
-    for peer in peers:
-        theirs = medians[peer]
-        print(f"\n| faster than {peer} by | 1 stream | 8 streams | first token |\n|---|---|---|---|")
-        for name, mine in medians.items():
-            if name not in peers:
-                ratios = (
-                    mine["one"] / theirs["one"],
-                    mine["eight"] / theirs["eight"],
-                    theirs["first"] / mine["first"],
-                )
-                print(f"| {name} | {' | '.join(f'{ratio:.2f}x' for ratio in ratios)} |")
-    print(f"\nresident memory of the server after the run: {resident_mib:.0f} MiB")
-    for reason in missing:
-        print(f"missing: {reason}")
+def main() -> None:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--rounds", type=int, default=5)
+    made.add_argument(
+        "--starts",
+        type=int,
+        default=3,
+        choices=range(1, 10),
+        help="of Libration, after the one that converts",
+    )
+    made.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    made.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
+    made.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
+    made.add_argument("--json", type=Path, help="write every round's figures there, too")
+    arguments = made.parse_args()
+    comparison = asyncio.run(compare(arguments))
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(comparison.as_dict(), indent=1) + "\n")
+    print(report(comparison))
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    main()

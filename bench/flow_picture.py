@@ -18,7 +18,8 @@ from flow_panels import Flow, Panels, draw
 from inputs import label, open_base, open_blocks, parser, windows_by_domain
 from torch import Tensor
 
-from model.blocks.fm_moe import FlowExperts, FmMoeBlock, time_embedding, velocity
+from model.blocks.flow_experts import FlowExperts, time_embedding, velocity
+from model.blocks.fm_moe import FmMoeBlock
 from model.blocks.solvers import SOLVERS, integrate
 from model.tokenizer import TextTokenizer
 from model.training.data import WindowSet

@@ -1,11 +1,12 @@
 """What the key store costs: commits, the way of a version to another process, learning by workers, searching.
 
-    python bench/key_store.py [--quick] [--only commits propagation workers search threshold]
+    python bench/key_store.py [--quick] [--only commits propagation serving workers search threshold]
 
 Sizes are those of the shipped `some`: 4 layers of 64 keys of 96 dimensions, windows of 256 tokens with 16 candidates a
 token. Redis is a server of its own on a loopback port that syncs its log before it answers (appendfsync always); SQLite
 syncs every commit too. "commit to visible" is from just before a commit is sent until a replica in another process has
-verified its version and readers there have it. Workers learn what was sent while they hold their leases, from the first
+verified its version and readers there have it; in "serving" two servers with the real model say so in their metrics, in
+steps of a histogram, while they answer 512-token prompts for eight tenants. Workers learn what was sent while they hold their leases, from the first
 entry sent to the last one learned, so sending is part of it. Searches are medians on one thread; torch multiplies and
 takes the top k. The pool sizes that need inverted lists are in bench/keyindex.py. Prints markdown tables.
 
@@ -23,58 +24,39 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from uuid import uuid4
 
-import numpy as np
+from key_store_model import (
+    GRAVITY,
+    NEVER,
+    SEAL,
+    SHARDS,
+    TENANTS,
+    WINDOW,
+    make_card,
+    make_window,
+    open_store,
+)
 from key_store_report import heading, percentiles_ms, row
 from key_store_search import measure_search, measure_threshold, use_one_thread
+from key_store_serving import measure_serving
 from redis_server import RedisServer, running
 
-from keystore.backends.base import Backend, VersionRecord
+from keystore.backends.base import VersionRecord
 from keystore.backends.embedded import EmbeddedBackend
 from keystore.backends.redis import RedisBackend
 from keystore.backends.redis_client import RedisClient, RedisSettings
 from keystore.backends.redis_journal import Position
 from keystore.backends.redis_lease import Leases
-from keystore.backends.redis_model import ModelCard
 from keystore.backends.redis_names import shard_of
-from keystore.backends.redis_seal import Seal
 from keystore.backends.redis_streams import DeltaStream, StatsStream
 from keystore.backends.stats_blob import SentWindow
 from keystore.learning_side import StoreParts
 from keystore.model_worker import ModelWorker, WorkerLimits
-from keystore.records import GravityConfig, ScopeId
+from keystore.records import ScopeId
 from keystore.replica import Replica
 from keystore.replica_backend import ReplicaBackend
 from keystore.snapshot import KeySnapshot
-from keystore.statistics import RoutingStats, TokenCredit, TokenTrace
-from keystore.store import KeyStore
 
-LAYERS, EXPERTS, DIM, PER_TOKEN, CANDIDATES, WINDOW = (17, 21, 25, 29), 64, 96, 4, 16, 256
-SHARDS, TENANTS = 8, 32
-GRAVITY, SEAL = GravityConfig(), Seal()
-NEVER = 1e9
 SPAWN = multiprocessing.get_context("spawn")
-
-
-def make_card(endpoint: str) -> ModelCard:
-    rng = np.random.default_rng(0)
-    anchors = {layer: rng.standard_normal((EXPERTS, DIM), dtype=np.float32) for layer in LAYERS}
-    return ModelCard(endpoint, "bench", PER_TOKEN, LAYERS, anchors)
-
-
-def make_window(scope: ScopeId, seed: int) -> RoutingStats:
-    rng, traces = np.random.default_rng(seed), dict[int, TokenTrace]()
-    for layer in LAYERS:
-        order = rng.random((WINDOW, EXPERTS)).argsort(axis=1)
-        weights = rng.standard_normal((WINDOW, CANDIDATES), dtype=np.float32)
-        credit = TokenCredit(order[:, :CANDIDATES], weights)
-        queries = rng.standard_normal((WINDOW, DIM), dtype=np.float32)
-        traces[layer] = TokenTrace(order[:, :PER_TOKEN], queries, EXPERTS, credit)
-    return RoutingStats.from_tokens(scope, traces)
-
-
-def open_store(backend: Backend, card: ModelCard, **options: object) -> KeyStore:
-    sizes = {"num_experts_per_tok": PER_TOKEN, "plastic_layers": LAYERS}
-    return KeyStore(card.model_id, card.anchors, GRAVITY, backend, **sizes, **options)
 
 
 class TimedBackend(EmbeddedBackend):
@@ -137,7 +119,7 @@ def follow(url: str, endpoint: str, pipe: Connection) -> None:
 def learn(url: str, endpoint: str, pipe: Connection) -> None:
     """A worker in a process of its own, until the other end of the pipe is closed."""
     card = make_card(endpoint)
-    limits = WorkerLimits(max_sessions=64, versions_on_disk=64, session_ttl_s=NEVER, lease_s=5.0)
+    limits = WorkerLimits(64, "save", versions_on_disk=64, session_ttl_s=NEVER, lease_s=5.0)
     with closing(RedisClient(RedisSettings(url))) as client:
         worker = ModelWorker(client, card.names, card, SHARDS, GRAVITY, SEAL, uuid4().hex, limits)
         worker.start()
@@ -228,7 +210,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parts = ("commits", "propagation", "workers", "search", "threshold")
+    parts = ("commits", "propagation", "serving", "workers", "search", "threshold")
     parser.add_argument("--quick", action="store_true", help="few repeats, small pools: whether it runs")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--dim", type=int, action="append", help="key dimensions to search (96 and 576)")
@@ -242,6 +224,8 @@ def main() -> None:
             measure_commits(server, Path(folder), 30 if few else 1000)
         if "propagation" in options.only:
             measure_propagation(server, 30 if few else 1000)
+        if "serving" in options.only:
+            measure_serving(server, Path(folder), 8 if few else 500)
         if "workers" in options.only:
             measure_workers(server, 64 if few else 1024)
     for dim in options.dim or (96, 576):

@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from serve import LibrationServer, token_ids
+from libration_server import LibrationServer, token_ids
 
 ANSWER, PROMPT = 48, 512
 MODES = {"reading": "read", "learning": "learn"}

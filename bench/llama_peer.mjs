@@ -1,4 +1,4 @@
-// llama.cpp through node-llama-cpp: one JSON line {prompts, tokens} in, one JSON line {seconds, first} out. See llama_peer.py.
+// llama.cpp through node-llama-cpp, spoken to as peer_process.py says. Arguments: GGUF file, threads, streams.
 import {createInterface} from "node:readline";
 import {getLlama, LlamaLogLevel} from "node-llama-cpp";
 
@@ -12,21 +12,17 @@ const free = Array.from({length: Number(sequences)}, () => context.getSequence()
 
 async function generate(sequence, prompt, tokens) {
     await sequence.clearHistory();
-    let first = null, count = 0;
-    for await (const _ of sequence.evaluate(prompt, {temperature: 0, yieldEogToken: true})) {
-        first ??= performance.now();
+    let count = 0;
+    for await (const _ of sequence.evaluate(prompt, {temperature: 0, yieldEogToken: true}))
         if (++count === tokens)
             break;
-    }
-    return first;
 }
 
 process.stdout.write(JSON.stringify({ready: true}) + "\n");
 for await (const line of createInterface({input: process.stdin})) {
     const {prompts, tokens} = JSON.parse(line);
     const started = performance.now();
-    const firsts = await Promise.all(prompts.map((prompt, i) => generate(free[i], prompt, tokens)));
-    const seconds = (performance.now() - started) / 1000;
-    process.stdout.write(JSON.stringify({seconds, first: (Math.max(...firsts) - started) / 1000}) + "\n");
+    await Promise.all(prompts.map((prompt, i) => generate(free[i], prompt, tokens)));
+    process.stdout.write(JSON.stringify({seconds: (performance.now() - started) / 1000}) + "\n");
 }
 process.exit(0);

@@ -33,6 +33,7 @@ from server.engine.scheduler import SchedulerConfig
 from server.engine.sequence import Sequence
 
 PARTS = ("layers", "products", "head", "blocks", "search", "choose", "rest of the step", "step")
+WAITING = 512  # tokens that a stream may write before the others' prompts are read
 VARIANTS = ("dense", "some", "moe", "mom", "fm-moe")
 
 
@@ -75,7 +76,7 @@ def sequences(count: int, variant: str, keys: Any, context: int, steps: int) -> 
         Sequence(
             sequence_id=str(i),
             prompt_token_ids=tuple(1000 + 7 * i + j for j in range(context)),
-            params=SamplingParams(max_tokens=steps + 8, temperature=0.0, ignore_eos=True),
+            params=SamplingParams(max_tokens=steps + WAITING, temperature=0.0, ignore_eos=True),
             endpoint=variant,
             variant=None if variant == "dense" else variant,
             keys=keys,
