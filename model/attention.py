@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.kv_cache import SequenceCache
+from model.kv_cache import POSITION_BLOCK, SequenceCache
 from model.threads import one_thread
 
-# A sequence's rows in a batch: first row, rows, first position, cache, mask.
-AttentionSpan = tuple[int, int, int, SequenceCache, Tensor | None]
+# A sequence's rows in a batch: first row, rows, first position, cache, masks (none: a row that is being written).
+AttentionSpan = tuple[int, int, int, SequenceCache, Sequence[Tensor]]
 
 SHORT_CONTEXT = 512  # positions up to which one thread attends faster than two that wait for each other
 
@@ -49,6 +49,23 @@ def causal_mask(start: int, length: int, dtype: torch.dtype, device: torch.devic
     return mask.triu_(start + 1)
 
 
+def block_masks(start: int, length: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Additive masks of a chunk that begins at `start`, cut at multiples of POSITION_BLOCK.
+
+    Each (rows, positions up to the end of their block). A row's bits hang on how many positions its kernel call is
+    given, so they are as many wherever its prompt was cut.
+    """
+    masks: list[Tensor] = []
+    end = start + length
+    while start < end:
+        block_end = (start // POSITION_BLOCK + 1) * POSITION_BLOCK
+        rows = min(block_end, end) - start
+        mask = torch.full((rows, block_end), float("-inf"), dtype=dtype, device=device)
+        masks.append(mask.triu_(start + 1))
+        start += rows
+    return masks
+
+
 def attend_cached(
     query: Tensor,
     key: Tensor,
@@ -79,12 +96,12 @@ def _attend_one(
     attended: Tensor,
 ) -> None:
     """One sequence's rows: keys and values into its cache, results into its rows of `attended`."""
-    row, length, start, cache, mask = span
+    row, length, start, cache, masks = span
     _, num_query_heads, head_dim = query.shape
     group = num_query_heads // key.shape[1]
     end = start + length
     layer_keys, layer_values = cache.keys[layer], cache.values[layer]
-    if length == 1:
+    if not masks:
         layer_keys.select(1, start).copy_(key[row])
         layer_values.select(1, start).copy_(value[row])
         # The query heads that share a key/value head become rows of one small attention: (1, G, Q/G, D).
@@ -97,15 +114,20 @@ def _attend_one(
     rows = slice(row, row + length)
     layer_keys[:, start:end] = key[rows].transpose(0, 1)
     layer_values[:, start:end] = value[rows].transpose(0, 1)
-    result = F.scaled_dot_product_attention(
-        query[rows].transpose(0, 1)[None],
-        layer_keys[None, :, :end],
-        layer_values[None, :, :end],
-        attn_mask=mask,
-        is_causal=mask is None,
-        enable_gqa=True,
-    )
-    attended[rows] = result[0].transpose(0, 1)
+    behind = slice(end, masks[-1].shape[1])  # seen by no row, but zero times what lay there before may be NaN
+    layer_keys[:, behind] = 0
+    layer_values[:, behind] = 0
+    for mask in masks:
+        rows = slice(row, row + mask.shape[0])
+        result = F.scaled_dot_product_attention(
+            query[rows].transpose(0, 1)[None],
+            layer_keys[None, :, : mask.shape[1]],
+            layer_values[None, :, : mask.shape[1]],
+            attn_mask=mask,
+            enable_gqa=True,
+        )
+        attended[rows] = result[0].transpose(0, 1)
+        row = rows.stop
 
 
 def attend_whole(query: Tensor, key: Tensor, value: Tensor, batch_size: int) -> Tensor:

@@ -42,12 +42,16 @@ class CacheBudget:
         )  # reservations are whole blocks
         self.reserved_tokens = 0
 
+    @property
+    def free_tokens(self) -> int:
+        return self.capacity_tokens - self.reserved_tokens
+
     @staticmethod
     def rounded(tokens: int) -> int:
         return -(-tokens // POSITION_BLOCK) * POSITION_BLOCK
 
     def fits(self, tokens: int) -> bool:
-        return self.reserved_tokens + self.rounded(tokens) <= self.capacity_tokens
+        return self.rounded(tokens) <= self.free_tokens
 
     def reserve(self, tokens: int) -> SequenceCache:
         assert self.fits(tokens), (tokens, self.reserved_tokens, self.capacity_tokens)

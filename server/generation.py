@@ -51,7 +51,7 @@ class KeyUse:
     key_version: int | None
     scope: str | None
     plasticity: PlasticityMode
-    learned_tokens: int
+    learned_tokens: int  # let teach; what the prefix cache had of the prompt has done so before
     offset_windows: int | None = None  # that moved the value offsets it reads; None: it asked for none
     spans: tuple[KeySpan, ...] = ()  # of an answer whose keys were renewed while it read its prompt
 
@@ -116,9 +116,18 @@ class Generation:
 
     @property
     def keys(self) -> KeyUse:
-        """The keys in use so far."""
+        """The keys in use so far, and what is let teach them."""
         renewal = self._sequence.renewal
-        return self._keys if renewal is None else replace(self._keys, spans=tuple(renewal.spans))
+        return replace(
+            self._keys,
+            learned_tokens=max(0, self._keys.learned_tokens - self.cached_tokens),
+            spans=self._keys.spans if renewal is None else tuple(renewal.spans),
+        )
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens that were taken from the prefix cache so far."""
+        return self._sequence.cached_tokens
 
     @property
     def key_view(self) -> KeyView | None:

@@ -1,47 +1,26 @@
 """One step of continuous batching: schedule, forward, sample, deliver, teach. Knows no threads and no HTTP."""
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from model.blocks.base import RoutingTrace
-from model.kv_cache import CacheBudget
 from model.logprobs import TokenScore, score_hidden
 from model.threads import one_thread
 from model.transformer import Segment, Transformer, Variant
 from server.engine.choosing import choose
+from server.engine.counters import EngineCounters, Observers
+from server.engine.prefix_cache import PrefixCache
+from server.engine.reading import Batch, Reading
 from server.engine.scheduler import Scheduler, SchedulerConfig
+from server.engine.segments import lesson_of, next_segment, routed_rows
 from server.engine.sequence import FinishReason, Lesson, RoutedRows, Sequence, TokenEvent
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(slots=True)
-class EngineCounters:
-    """What the engine has done since its start; the metrics page reads it."""
-
-    prompt_tokens: Counter[str] = field(default_factory=Counter[str])  # by endpoint
-    generated_tokens: Counter[str] = field(default_factory=Counter[str])
-    steps: int = 0
-    failed_steps: int = 0
-    lessons_failed: int = 0
-    finished: Counter[tuple[str, str]] = field(default_factory=Counter[tuple[str, str]])  # endpoint, reason
-    renewals: Counter[tuple[str, str]] = field(default_factory=Counter[tuple[str, str]])  # endpoint, outcome
-
-
-@dataclass(frozen=True, slots=True)
-class Observers:
-    """Who is told about latencies, in seconds: endpoint and value."""
-
-    queued: Callable[[str, float], None]
-    first_token: Callable[[str, float], None]
-    inter_token: Callable[[str, float], None]
-    finished: Callable[[str, float], None]
+# Time for prompts beside those who write, by what a token of theirs takes: with what is computed longer than was foreseen,
+# they wait for a token twice as long as without (docs/performance.md).
+READING_SHARE = 0.7
 
 
 class Engine:
@@ -56,16 +35,19 @@ class Engine:
         plastic_layers: Mapping[str, frozenset[int]],
         clock: Callable[[], float],
         observers: Observers,
+        prefix_cache_tokens: int = 0,
     ):
         self.model = model
         self.variants = dict(variants)
-        self.cache = CacheBudget(model.config, kv_cache_tokens, model.dtype, model.device)
+        self.cache = model.cache_budget(kv_cache_tokens)
+        self.prefixes = PrefixCache(prefix_cache_tokens, self.cache, config.prefill_chunk)
         self.scheduler = Scheduler(config, self.cache.fits)
         self.counters = EngineCounters()
         self._plastic_layers = dict(plastic_layers)  # endpoint -> layers whose routing may teach
         self._clock = clock
         self._observe = observers
         self._lessons: list[Lesson] = []
+        self._reading: Reading | None = None
         self._stalled = False  # the last step had sequences and nothing to compute
 
     @property
@@ -81,26 +63,65 @@ class Engine:
         )
 
     def step(self) -> None:
-        """Compute one batch and hand every new token to its sequence's mailbox."""
+        """One token of every sequence that writes, and for as long again prompts; hand every new token out."""
         self._drop_ended()
+        if self._reading is not None and not self._reading.wanted:
+            self._reading = None
         self._renew_keys()
         while (admitted := self.scheduler.admit()) is not None:
             self._prepare(admitted)
+        self._take_prefixes()
         plan = self.scheduler.plan()
         self._stalled = not plan
         if not plan:
             return
-        segments = [self._segment(sequence, count) for sequence, count in plan]
-        hidden = self.model.step(segments)
         self.counters.steps += 1
-        unread = {s: s.prefilled for s, _ in plan if s.report.scores_prompt and not s.decoding}
-        self._advance(plan, segments, hidden)
-        rows = self._rows(plan)
-        self._sample_and_deliver([s for s, _ in plan if s not in unread], rows, hidden)
+        writing = [(s, count) for s, count in plan if s.decoding]
+        if self._reading is None and not writing:
+            self._compute(plan)
+        else:
+            started = self._clock()
+            self._compute(writing)
+            now = self._clock()
+            chunks = [(s, count) for s, count in plan if not s.decoding]
+            self._read_on(chunks, now + READING_SHARE * (now - started))
+        self.model.settle()
+
+    def _compute(self, batch: Batch) -> None:
+        if batch:
+            segments = self._segments(batch)
+            self._take_in(batch, segments, self.model.step(segments))
+
+    def _read_on(self, chunks: Batch, until: float) -> None:
+        """Go on with the reading under way, or begin one of these chunks of prompts."""
+        if self._reading is None and chunks:
+            segments = self._segments(chunks)
+            self._reading = Reading(chunks, segments, self.model.reading(segments, pauses=True))
+        if self._reading is None:
+            return
+        reading, hidden = self._reading, self._reading.go_on(self._clock, until)
+        if hidden is not None:
+            self._reading = None
+            self._take_in(reading.batch, reading.segments, hidden)
+
+    def _segments(self, batch: Batch) -> list[Segment]:
+        return [
+            next_segment(s, count, self._variant_of(s), self._plastic_layers.get(s.endpoint, frozenset()))
+            for s, count in batch
+        ]
+
+    def _take_in(self, batch: Batch, segments: list[Segment], hidden: torch.Tensor) -> None:
+        """What computing a batch came to; some may have ended meanwhile."""
+        unread = {s: s.prefilled for s, _ in batch if s.report.scores_prompt and not s.decoding}
+        self._advance(batch, segments, hidden)
+        rows = self._rows(batch)
+        there = [s for s, _ in batch if s.cache is not None]
+        self._sample_and_deliver([s for s in there if s not in unread], rows, hidden)
         # Scoring a prompt takes time: it comes when everybody else has this step's tokens.
-        for sequence, start in unread.items():
-            self._score_prompt(sequence, start, hidden[rows[sequence]])
-        self._sample_and_deliver([s for s in unread if s.cache is not None], rows, hidden)
+        scored = [s for s in there if s in unread]
+        for sequence in scored:
+            self._score_prompt(sequence, unread[sequence], hidden[rows[sequence]])
+        self._sample_and_deliver([s for s in scored if s.cache is not None], rows, hidden)
 
     def teach(self) -> None:
         """Hand the finished chunks of teaching prompts on, each for itself: one that raises is counted.
@@ -108,14 +129,17 @@ class Engine:
         Called after a step's tokens have been delivered, so the chunk's own reader does not wait for it; also after a
         step that failed, because whoever waits for a lesson must hear of it.
         """
-        lessons, self._lessons = self._lessons, []
+        lessons, self._lessons = tuple(self._lessons), []
         for lesson in lessons:
             assert lesson.sequence.teach is not None, lesson.sequence.sequence_id
+            lesson.beside = lessons
             try:
                 lesson.sequence.teach(lesson)
             except Exception:
                 self.counters.lessons_failed += 1
                 logger.exception("a lesson failed", extra={"requests": [lesson.sequence.sequence_id]})
+            finally:
+                lesson.beside = ()
 
     def finish(
         self,
@@ -136,6 +160,7 @@ class Engine:
     def fail_running(self) -> list[Sequence]:
         """End every running sequence with an error, after a step that raised; returns them."""
         failed = list(self.scheduler.running)
+        self._reading = None
         for sequence in failed:
             self.finish(sequence, "error")
         return failed
@@ -143,6 +168,9 @@ class Engine:
     def _prepare(self, sequence: Sequence) -> None:
         sequence.admitted_at = self._clock()
         sequence.cache = self.cache.reserve(sequence.reservation)
+        self.prefixes.give_way()
+        if sequence.prefix is not None and sequence.prefix.takes:
+            self.counters.prefix_queries[sequence.endpoint] += len(sequence.prompt_token_ids)
         if not sequence.params.greedy:
             sequence.generator = torch.Generator()
             if sequence.params.seed is None:
@@ -172,75 +200,43 @@ class Engine:
                 assert sequence.keys is not None, sequence.sequence_id
                 sequence.offsets = sequence.newest_offsets(sequence.keys)
 
-    def _segment(self, sequence: Sequence, count: int) -> Segment:
-        assert sequence.cache is not None, sequence.sequence_id
-        variant = self.variants[sequence.variant] if sequence.variant else None
-        routed: list[NDArray[np.int64]] | None = [] if sequence.report.routed_experts else None
-        if sequence.decoding:
-            position = len(sequence.prompt_token_ids) + len(sequence.generated) - 1
-            return Segment(
-                sequence.generated[-1:],
-                position,
-                sequence.cache,
-                variant,
-                sequence.keys,
-                decode=True,
-                flow_steps=sequence.flow_steps,
-                routed=routed,
-                offsets=sequence.offsets,
-            )
-        start = sequence.prefilled
-        teaching = sequence.teach is not None and start + 1 < len(sequence.prompt_token_ids)
-        trace = self._trace(sequence, variant) if teaching else None
-        tokens = sequence.prompt_token_ids[start : start + count]
-        return Segment(
-            tokens,
-            start,
-            sequence.cache,
-            variant,
-            sequence.keys,
-            trace,
-            flow_steps=sequence.flow_steps,
-            routed=routed,
-            forced=_forced(sequence, variant, start, count),
-            offsets=sequence.offsets,
-        )
+    def _take_prefixes(self) -> None:
+        """Prompts of which nothing has been read get what is kept of their beginnings, maybe since a moment ago."""
+        for sequence in self.scheduler.running:
+            use, known = sequence.prefix, sequence.cached_tokens
+            if self._reading is not None and sequence in self._reading:
+                continue
+            if use is None or not use.takes or sequence.prefilled > known:
+                continue
+            assert sequence.cache is not None, sequence.sequence_id
+            taken = self.prefixes.take(use, sequence.prompt_token_ids, sequence.cache, known)
+            sequence.cached_tokens = sequence.prefilled = taken
+            self.counters.prefix_hits[sequence.endpoint] += taken - known
 
-    def _trace(self, sequence: Sequence, variant: Variant | None) -> RoutingTrace:
-        """Keys learn in the plastic layers, value offsets in all that have blocks."""
-        plastic = self._plastic_layers[sequence.endpoint]
-        if sequence.newest_offsets is None or variant is None:
-            return RoutingTrace(plastic)
-        return RoutingTrace(frozenset(variant.blocks), entry_layer=min(plastic))
+    def _variant_of(self, sequence: Sequence) -> Variant | None:
+        return self.variants[sequence.variant] if sequence.variant else None
 
     def _advance(
         self, plan: list[tuple[Sequence, int]], segments: list[Segment], hidden: torch.Tensor
     ) -> None:
         row = 0
         for (sequence, count), segment in zip(plan, segments, strict=True):
+            if sequence.cache is None:
+                row += count
+                continue
             if segment.routed:
-                assert segment.variant is not None, sequence.sequence_id
-                sequence.routed.append(_compact(segment.routed, segment.variant))
+                sequence.routed.append(routed_rows(segment))
             if not sequence.decoding:
                 sequence.prefilled += count
                 self.counters.prompt_tokens[sequence.endpoint] += count
                 if sequence.renewal is not None and not sequence.decoding:
                     sequence.renewal.arrive(sequence.prefilled, self._clock())
                 if segment.trace is not None:
-                    following = sequence.prompt_token_ids[segment.start + 1 : segment.start + 1 + count]
-                    assert segment.keys is not None, sequence.sequence_id
-                    rows = hidden[row : row + len(following)]
-                    self._lessons.append(
-                        Lesson(
-                            sequence,
-                            segment.keys,
-                            segment.trace,
-                            segment.start,
-                            rows,
-                            torch.tensor(following),
-                            segment.offsets,
-                        )
-                    )
+                    self._lessons.append(lesson_of(sequence, segment, hidden[row : row + count]))
+                if sequence.prefix is not None:
+                    assert sequence.cache is not None, sequence.sequence_id
+                    prompt = sequence.prompt_token_ids
+                    self.prefixes.keep(sequence.prefix, prompt, sequence.prefilled, sequence.cache)
             row += count
 
     @staticmethod
@@ -273,7 +269,10 @@ class Engine:
         writing = [s for s in sequences if s.decoding and s.params.max_tokens]
         if not writing:
             return
-        logits = self.model.logits(hidden[[rows[s].stop - 1 for s in writing]], written=True)
+        last = [rows[s].stop - 1 for s in writing]
+        if last != list(range(len(hidden))):  # else nothing is copied, and nobody waits for a GPU
+            hidden = hidden[last]
+        logits = self.model.logits(hidden, written=True)
         now = self._clock()
         with one_thread():  # waking a second one would take it from the next step's compiled code
             choices = list(choose(writing, logits))
@@ -304,19 +303,3 @@ def _taken(sequence: Sequence) -> tuple[RoutedRows, ...]:
     taken = tuple(sequence.routed)
     sequence.routed.clear()
     return taken
-
-
-def _compact(by_layer: list[NDArray[np.int64]], variant: Variant) -> RoutedRows:
-    """Expert ids (T, K) of each layer as (T, layers, K), in as few bytes as they fit."""
-    stacked = np.stack(by_layer, axis=1)
-    return stacked.astype(np.uint8 if variant.usage.counts.shape[-1] <= 256 else np.uint16)
-
-
-def _forced(
-    sequence: Sequence, variant: Variant | None, start: int, count: int
-) -> dict[int, torch.Tensor] | None:
-    """The chunk's part of the experts that the request prescribes, by layer."""
-    if sequence.forced is None or variant is None or start >= len(sequence.forced):
-        return None
-    rows = torch.from_numpy(sequence.forced[start : start + count].astype(np.int64))
-    return {layer: rows[:, i].contiguous() for i, layer in enumerate(sorted(variant.blocks))}

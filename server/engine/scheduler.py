@@ -13,7 +13,7 @@ from server.engine.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
-    """A step computes one token of every decoding sequence and about step_tokens tokens of prompts."""
+    """A batch is one token of every decoding sequence and about step_tokens tokens of prompts."""
 
     max_running: int = 16
     max_waiting: int = 64

@@ -14,6 +14,7 @@ from model.keys import KeyView
 from model.kv_cache import SequenceCache
 from model.logprobs import TokenScore
 from model.sampling import SamplingParams
+from server.engine.prefix_cache import PrefixUse
 from server.engine.renewal import KeyRenewal
 
 FinishReason = Literal["stop", "length", "cancelled", "too_complex", "error"]
@@ -77,10 +78,12 @@ class Sequence:
     offsets: Mapping[int, torch.Tensor] | None = None  # value offsets of its session, pinned as the keys are
     newest_offsets: Callable[[KeyView], Mapping[int, torch.Tensor]] | None = None  # for renewed keys
     renewal: KeyRenewal | None = None  # of the keys while the prompt is being read; None: they stay
+    prefix: PrefixUse | None = None  # None: its rows are like nobody else's
     admitted_at: float | None = None
     first_token_at: float | None = None
     last_token_at: float | None = None
     prefilled: int = 0  # prompt tokens already in the cache
+    cached_tokens: int = 0  # of those, the first, which were not computed
     generated: list[int] = field(default_factory=list[int])
     cache: SequenceCache | None = None
     generator: torch.Generator | None = None
@@ -127,3 +130,4 @@ class Lesson:
     targets: torch.Tensor
     offsets: Mapping[int, torch.Tensor] | None = None  # value offsets that the rows were computed with
     gradient: torch.Tensor | None = None  # (T, H): direct credit's G, once somebody has computed it
+    beside: tuple["Lesson", ...] = ()  # while it is taught: the lessons of its step, itself among them
