@@ -5,10 +5,15 @@ S_t = d S_{t-1} + w_t v_t, z_t = d z_{t-1} + w_t, F_t = S_t / z_t, out = W_o (si
 each head with a decay d of its own. Causal; the paper's backward flow has no causal form. H hidden.
 """
 
+from collections.abc import Callable
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from model.blocks.experts import padded_linear
+from model.native.masters import attend_flow
 from model.recurrence import Memory
 
 NUM_HEADS = 8
@@ -35,3 +40,11 @@ class FlowAttention(nn.Module):
         flow = memory.run(slot, weight * value, decay) / memory.run(slot + 1, weight, decay)
         gated = query.sigmoid() * flow
         return padded_linear(gated.reshape(-1, hidden.shape[-1]), self.o_proj).view_as(hidden)
+
+    def writer(self, slot: int) -> Callable[[NDArray[np.float32], NDArray[np.float32]], None]:
+        """What adds the contribution to rows that are being written, (T, H); states (T, slots, H) go on: compiled."""
+        qkv_proj, decay_logits, o_proj = (
+            p.detach().numpy() for p in (self.qkv_proj, self.decay_logits, self.o_proj)
+        )
+        bound = np.float32(KEY_BOUND)
+        return lambda rows, states: attend_flow(rows, states, slot, qkv_proj, decay_logits, bound, o_proj)

@@ -18,7 +18,10 @@ BYTE = re.compile(r"<0x([0-9A-F]{2})>", re.ASCII)
 
 
 def byte_table(backend: Tokenizer, vocab_size: int = 0) -> list[bytes]:
-    """Bytes by token id, `vocab_size` at least; nothing for ids without a token. Raises CheckpointError."""
+    """Bytes by token id, `vocab_size` of them (0: as many as there are); nothing for ids without a token.
+
+    Raises CheckpointError.
+    """
     described: Any = json.loads(backend.to_str())  # Any: JSON
     kinds = _kinds(described.get("decoder"))
     if "ByteLevel" in kinds:
@@ -32,8 +35,11 @@ def byte_table(backend: Tokenizer, vocab_size: int = 0) -> list[bytes]:
         )
     added = backend.get_added_tokens_decoder()
     tokens = {token_id: token for token, token_id in backend.get_vocab(with_added_tokens=True).items()}
+    named = max(tokens, default=-1) + 1
+    if vocab_size and named > vocab_size:
+        raise CheckpointError(f"the tokenizer has {named} tokens; the model has {vocab_size}")
     table: list[bytes] = []
-    for token_id in range(max(vocab_size, max(tokens) + 1)):
+    for token_id in range(vocab_size or named):
         token = tokens.get(token_id, "")
         table.append(token.encode() if token_id in added else spelled(token))
     return table

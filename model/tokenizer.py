@@ -37,14 +37,18 @@ class TokenizerSpec:
 
 def spec_from_gguf(file: GGUFFile) -> TokenizerSpec:
     """The tokenizer of a GGUF file. Raises CheckpointError on a way of splitting text that is not known."""
-    pre = file.field("tokenizer.ggml.pre")
+    pre = file.text("tokenizer.ggml.pre")
     if pre not in PRE_TOKENIZERS:
         raise CheckpointError(f"{file.path}: pre-tokenizer {pre!r} is not one of {sorted(PRE_TOKENIZERS)}")
-    tokens: list[str] = file.field("tokenizer.ggml.tokens")
-    merges = [tuple(merge.split(" ", 1)) for merge in file.field("tokenizer.ggml.merges")]
-    special_ids = [
-        i for i, kind in enumerate(file.field("tokenizer.ggml.token_type")) if kind == CONTROL_TOKEN
-    ]
+    tokens = file.items("tokenizer.ggml.tokens", str)
+    cut = (merge.partition(" ") for merge in file.items("tokenizer.ggml.merges", str))
+    merges = [(left, right) for left, _, right in cut]
+    kinds = file.items("tokenizer.ggml.token_type", int)
+    if len(kinds) != len(tokens):
+        raise CheckpointError(
+            f"{file.path}: tokenizer.ggml.token_type has {len(kinds)} kinds for {len(tokens)} tokens"
+        )
+    special_ids = [i for i, kind in enumerate(kinds) if kind == CONTROL_TOKEN]
     try:
         backend = Tokenizer(BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
     except Exception as error:  # the library raises nothing narrower
@@ -55,7 +59,7 @@ def spec_from_gguf(file: GGUFFile) -> TokenizerSpec:
     return TokenizerSpec(
         backend.to_str(),
         special_ids,
-        file.field("tokenizer.chat_template", ""),
+        file.text("tokenizer.chat_template", ""),
         *(_named_token(file, tokens, name) for name in ("bos", "eos")),
     )
 

@@ -6,8 +6,10 @@ halves the error. R rows (padded), H hidden, V vocabulary.
 """
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,12 +17,15 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.attention import AttentionSpan, attend_cached, causal_mask, rope_table, rotate
+from model.attention import AttentionSpan, attend_cached, block_masks, rope_table, rotate
 from model.blocks.base import BlockSpan, ExpertBlock, ExpertUsage, RoutingTrace
 from model.config import ModelConfig
 from model.keys import KeyView
-from model.kv_cache import SequenceCache
+from model.kv_cache import CacheBudget, SequenceCache
 from model.native.decoder import Decoder
+from model.native.likely import LikelyHead
+from model.native.prompt_rows import prompt_rows
+from model.native.reader import Reader, readable
 from model.projection import Projection
 from model.qk_norm import QkNorm
 
@@ -29,6 +34,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 # Rows of a batch are padded to a multiple of this: then a row's bits do not depend on how many others there are.
 ROW_MULTIPLE = {torch.float32: 4, torch.bfloat16: 2}
 EXACT_LOGITS = 16
+PART_ROWS = 64  # of a prompt that is read beside others
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +89,18 @@ class BlockRows:
     spans: list[BlockSpan]
 
 
+class RecordedCalls(Protocol):
+    """The way of written rows on a GPU: model.graphs."""
+
+    def cache_budget(self, capacity_tokens: int) -> CacheBudget: ...
+
+    def step(
+        self, segments: Sequence[Segment], ordinary: Callable[[Sequence[Segment]], Tensor]
+    ) -> Tensor: ...
+
+    def settle(self) -> None: ...
+
+
 class Transformer:
     """A Llama-family decoder."""
 
@@ -103,7 +121,11 @@ class Transformer:
         self.layers = tuple(layers)
         self.final_norm = final_norm
         self.decoder = decoder
+        self.graphs: RecordedCalls | None = None
         self.cos, self.sin = rope_table(config, embedding.device)
+        self.reader: Reader | None = None  # the way of prompt rows, of the decoder's weights
+        if decoder is not None and readable(decoder.matrices[:-1], config.head_dim):
+            self.reader = Reader(config, decoder.matrices, (self.cos, self.sin))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -113,6 +135,22 @@ class Transformer:
     def device(self) -> torch.device:
         return self.embedding.device
 
+    def cache_budget(self, capacity_tokens: int) -> CacheBudget:
+        """Memory for sequences of this many positions in all."""
+        if self.graphs is not None:
+            return self.graphs.cache_budget(capacity_tokens)
+        return CacheBudget(self.config, capacity_tokens, self.dtype, self.device)
+
+    @cached_property
+    def likely_head(self) -> LikelyHead:
+        """The head for derivatives; where there is a `decoder`."""
+        return LikelyHead(self.final_norm, self.config.rms_norm_eps, self.head)
+
+    def settle(self) -> None:
+        """Count the routing of steps that left it on the device."""
+        if self.graphs is not None:
+            self.graphs.settle()
+
     @torch.inference_mode()
     def step(self, segments: Sequence[Segment]) -> Tensor:
         """Hidden states before the final norm, one row per token in segment order, (tokens, H).
@@ -121,7 +159,7 @@ class Transformer:
         its keys and values.
         """
         count = 0
-        if self.decoder is not None or self.layers[0].qkv_proj.int4 is not None:
+        if self.graphs or self.decoder or self.layers[0].qkv_proj.int4 is not None:
             count = sum(1 for _ in itertools.takewhile(lambda segment: segment.decode, segments))
             assert not any(s.decode for s in segments[count:]), "decoding segments come first"
         parts = [self._write(segments[:count])] if count else []
@@ -131,6 +169,8 @@ class Transformer:
 
     def _write(self, segments: Sequence[Segment]) -> Tensor:
         """`step` of sequences that are being written, a token each, in the form of the weights for few rows."""
+        if self.graphs is not None:
+            return self.graphs.step(segments, self._read)
         if self.decoder is None:
             return self._read(segments, written=True)
         hidden = self.embed(torch.tensor([segment.token_ids[0] for segment in segments], device=self.device))
@@ -138,15 +178,45 @@ class Transformer:
         caches = [segment.cache for segment in segments]
         groups = _plan_blocks(segments)
         done = 0
-        for index in sorted({layer for group in groups for layer in group.variant.blocks}):
+        for index in _block_layers(groups):
             self.decoder.layers(done, index + 1, hidden, positions, caches)
             _run_blocks(hidden, index, groups)
             done = index + 1
         self.decoder.layers(done, len(self.layers), hidden, positions, caches)
         return hidden
 
+    @torch.inference_mode()
+    def reading(self, segments: Sequence[Segment], *, pauses: bool) -> Generator[bool, None, Tensor]:
+        """`step` of prompts; with `pauses` in many short parts, where compiled code reads them.
+
+        Says after each whether what comes next, an expert block, takes all rows at once.
+        """
+        if self.reader is None or self.decoder is None:
+            return self._read(segments)
+        hidden = self.embed(torch.tensor([token for s in segments for token in s.token_ids]))
+        spans = [(s.start, len(s.token_ids), s.cache) for s in segments]
+        parts = prompt_rows(self.decoder, self.reader, _cut(spans) if pauses else spans, hidden)
+        groups = _plan_blocks(segments)
+        half, blocks = 0, _block_layers(groups)
+        for stop in sorted({2 * (layer + 1) for layer in blocks} | {2 * len(self.layers)}):
+            has_block = stop // 2 - 1 in blocks
+            while half < stop:
+                until = half + 1 if pauses else stop
+                for part in parts:
+                    part(half, until)
+                    if pauses:
+                        yield has_block and until == stop and part is parts[-1]
+                half = until
+            if has_block:
+                _run_blocks(hidden, stop // 2 - 1, groups)
+                if pauses:
+                    yield False
+        return hidden
+
     def _read(self, segments: Sequence[Segment], *, written: bool = False) -> Tensor:
         """`step` of any rows; those that are `written` take the 4-bit products."""
+        if self.reader is not None:
+            return finished(self.reading(segments, pauses=False))
         token_ids = [token for segment in segments for token in segment.token_ids]
         positions = [segment.start + i for segment in segments for i in range(len(segment.token_ids))]
         padding = [0] * (0 if written else -len(token_ids) % ROW_MULTIPLE[self.dtype])
@@ -166,6 +236,8 @@ class Transformer:
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """The residual stream's start: token ids (...) -> (..., H) float32."""
+        if self.decoder is not None:
+            return self.decoder.embed(token_ids.flatten()).unflatten(0, token_ids.shape)
         return F.embedding(token_ids, self.embedding).float()
 
     def layer(
@@ -226,10 +298,28 @@ class Transformer:
         row = 0
         for segment in segments:
             length = len(segment.token_ids)
-            mask = causal_mask(segment.start, length, self.dtype, self.device)
-            spans.append((row, length, segment.start, segment.cache, mask))
+            masks = [] if segment.decode else block_masks(segment.start, length, self.dtype, self.device)
+            spans.append((row, length, segment.start, segment.cache, masks))
             row += length
         return spans
+
+
+def finished(reading: Generator[bool, None, Tensor]) -> Tensor:
+    """What a `Transformer.reading` comes to, without a pause."""
+    while True:
+        try:
+            next(reading)
+        except StopIteration as end:
+            return end.value
+
+
+def _cut(spans: Sequence[tuple[int, int, SequenceCache]]) -> list[tuple[int, int, SequenceCache]]:
+    """Sequences' rows, (start, length, cache) each, in pieces of at most PART_ROWS."""
+    return [
+        (start + at, min(PART_ROWS, length - at), cache)
+        for start, length, cache in spans
+        for at in range(0, length, PART_ROWS)
+    ]
 
 
 def _plan_blocks(segments: Sequence[Segment]) -> list[BlockRows]:
@@ -262,6 +352,11 @@ def _plan_blocks(segments: Sequence[Segment]) -> list[BlockRows]:
             group.end = row + length
         row += length
     return groups
+
+
+def _block_layers(groups: Sequence[BlockRows]) -> list[int]:
+    """Layers behind which somebody has a block, in order."""
+    return sorted({layer for group in groups for layer in group.variant.blocks})
 
 
 def _run_blocks(hidden: Tensor, layer: int, groups: Sequence[BlockRows]) -> None:

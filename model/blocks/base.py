@@ -1,7 +1,8 @@
 """What every expert block has in common: its configuration, its rows of a batch, and what it leaves behind."""
 
+import time
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from model.blocks.experts import compiles, padded_linear
+from model.blocks.recent_routing import RecentRouting
 from model.errors import UnsupportedConfig
 from model.keys import KeyView
 from model.native.experts import project
@@ -87,12 +89,19 @@ class ExpertUsage:
 
     PHASES = ("prefill", "decode")
 
-    def __init__(self, layers: Sequence[int], num_experts: int, num_experts_per_tok: int = 1):
+    def __init__(
+        self,
+        layers: Sequence[int],
+        num_experts: int,
+        num_experts_per_tok: int,
+        clock: Callable[[], float] = time.monotonic,
+    ):
         self.layers = tuple(layers)
         self.num_experts_per_tok = num_experts_per_tok
         self._index = {layer: i for i, layer in enumerate(self.layers)}
         self.counts: NDArray[np.int64] = np.zeros((2, len(self.layers), num_experts), dtype=np.int64)
         self._num_experts = dict.fromkeys(self.layers, num_experts)
+        self.recent = {layer: RecentRouting(num_experts, num_experts_per_tok, clock) for layer in self.layers}
 
     @classmethod
     def of(cls, config: BlockConfig) -> "ExpertUsage":
@@ -111,11 +120,14 @@ class ExpertUsage:
             kept = min(size, self._num_experts[layer])
             counts[:, self._index[layer], :kept] = self.counts[:, self._index[layer], :kept]
         self.counts = counts
+        for layer, size in num_experts.items():
+            self.recent[layer].resize(size)
         self._num_experts = sizes
 
     def add(self, layer: int, expert_ids: NDArray[np.int64], *, decode: bool) -> None:
         row = self.counts[int(decode), self._index[layer]]
         row += np.bincount(expert_ids.ravel(), minlength=len(row))
+        self.recent[layer].add(expert_ids)
 
 
 class ExpertBlock(nn.Module):

@@ -9,19 +9,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.blocks.base import (
-    BlockConfig,
     BlockSpan,
     ExpertBlock,
     ExpertUsage,
+    all_written,
     check_choice,
     forced_rows,
     record_routing,
 )
-from model.blocks.experts import dispatch, padded_linear
+from model.blocks.experts import compiles, padded_linear
+from model.blocks.flow_experts import FlowExperts, FmMoeConfig
 from model.blocks.routing import (
     BALANCE_LOSS_COEF,
     RENORMALIZE_EPS,
@@ -29,20 +29,9 @@ from model.blocks.routing import (
     top_k_of_softmax,
     z_loss,
 )
-from model.blocks.solvers import SOLVERS, integrate, stage_times
+from model.blocks.solvers import SOLVERS
+from model.native.experts import choose
 from model.threads import one_thread
-
-LAYER_NORM_EPS = 1e-5
-MAX_PERIOD = 10_000.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FmMoeConfig(BlockConfig):
-    """`flow_steps`: integration steps unless a request says otherwise. `solver`: euler, midpoint, heun or rk4."""
-
-    flow_steps: int = 4
-    solver: str = "euler"
-    time_embed_size: int = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +55,12 @@ class FmMoeBlock(ExpertBlock):
         self.experts = FlowExperts(config)
 
     def serve(self, hidden: Tensor, layer: int, spans: Sequence[BlockSpan], usage: ExpertUsage) -> Tensor:
+        forced = forced_rows(spans, layer)
         with one_thread():
+            if all_written(spans) and not forced and compiles(hidden, self.router):
+                return self._write(hidden, layer, spans, usage)
             normed = self.normed(hidden)
-            gates, expert_ids, _ = self.route(normed, forced_rows(spans, layer))
+            gates, expert_ids, _ = self.route(normed, forced)
             record_routing(usage, layer, expert_ids, spans)
             parts = [
                 self.experts(normed[rows], expert_ids[rows], steps or self.config.flow_steps)
@@ -104,6 +96,20 @@ class FmMoeBlock(ExpertBlock):
         )
         return gates, expert_ids, router_logits
 
+    def _write(self, hidden: Tensor, layer: int, spans: Sequence[BlockSpan], usage: ExpertUsage) -> Tensor:
+        """`serve` of rows that are being written, compiled."""
+        normed, router_logits = self.projected(hidden, self.router, written=True)
+        gates = hidden.new_empty(len(hidden), self.config.num_experts_per_tok)
+        expert_ids = torch.empty(gates.shape, dtype=torch.int64)
+        choose(router_logits.numpy(), True, gates.numpy(), expert_ids.numpy())
+        record_routing(usage, layer, expert_ids, spans)
+        mixed = torch.empty_like(hidden)
+        for rows, steps in _rows_by_steps(spans):
+            self.experts.write(
+                normed[rows], expert_ids[rows], gates[rows], steps or self.config.flow_steps, mixed[rows]
+            )
+        return mixed
+
     @torch.no_grad()
     def usage_stats(self, rows: Tensor) -> UsageStats:
         """The reference's `get_expert_usage_stats` over rows (T, H)."""
@@ -111,106 +117,6 @@ class FmMoeBlock(ExpertBlock):
         selections = torch.bincount(expert_ids.flatten(), minlength=self.config.num_experts).float()
         uneven = (selections - selections.mean()).abs().sum() / (2 * selections.sum())
         return UsageStats(router_logits.softmax(-1).mean(0), selections, 1.0 - float(uneven))
-
-
-class FlowExperts(nn.Module):
-    """E velocity networks, each matrix stacked over the experts. They stand still until trained."""
-
-    def __init__(self, config: FmMoeConfig):
-        super().__init__()
-        experts, hidden, width = config.num_experts, config.hidden_size, config.expert_size
-        self._solver = SOLVERS[config.solver]
-        self.time_embed_size = config.time_embed_size
-        inputs = hidden + config.time_embed_size
-        self.input_proj = nn.Parameter(torch.randn(experts, width, hidden) * inputs**-0.5)
-        self.time_proj = nn.Parameter(torch.randn(experts, width, config.time_embed_size) * inputs**-0.5)
-        self.input_bias = nn.Parameter(torch.zeros(experts, width))
-        self.input_norm = nn.Parameter(torch.ones(experts, width))
-        self.input_norm_bias = nn.Parameter(torch.zeros(experts, width))
-        self.hidden_proj = nn.Parameter(torch.randn(experts, width, width) * width**-0.5)
-        self.hidden_bias = nn.Parameter(torch.zeros(experts, width))
-        self.hidden_norm = nn.Parameter(torch.ones(experts, width))
-        self.hidden_norm_bias = nn.Parameter(torch.zeros(experts, width))
-        self.velocity_proj = nn.Parameter(torch.zeros(experts, hidden, width))
-        self.velocity_bias = nn.Parameter(torch.zeros(experts, hidden))
-        self._time_biases: dict[int, dict[float, Tensor]] = {}
-
-    def forward(self, rows: Tensor, expert_ids: Tensor, steps: int) -> Tensor:
-        """Displacements of the selected experts: rows (T, H), expert_ids (T, K) -> (T, K, H)."""
-        biases = self._biases(steps)
-        parts = [parameter.unbind() for parameter in self._per_expert()]
-
-        def run(expert: int, own_rows: Tensor) -> Tensor:
-            own = [part[expert] for part in parts]
-            return integrate(
-                self._solver,
-                lambda displacement, time: velocity(own_rows + displacement, biases[time][expert], *own),
-                torch.zeros_like(own_rows),
-                steps,
-            )
-
-        return dispatch(rows, expert_ids, len(self.input_proj), run)
-
-    def active_parameters(self, num_experts_per_tok: int) -> int:
-        return sum(p.numel() // len(p) for p in self.parameters()) * num_experts_per_tok
-
-    def _per_expert(self) -> tuple[nn.Parameter, ...]:
-        return (
-            self.input_proj,
-            self.input_norm,
-            self.input_norm_bias,
-            self.hidden_proj,
-            self.hidden_bias,
-            self.hidden_norm,
-            self.hidden_norm_bias,
-            self.velocity_proj,
-            self.velocity_bias,
-        )
-
-    def _biases(self, steps: int) -> dict[float, Tensor]:
-        """What the first product adds at each integration time: time -> (E, F). Kept once the experts are frozen."""
-        if self.time_proj.requires_grad:
-            self._time_biases.clear()
-        elif steps in self._time_biases:
-            return self._time_biases[steps]
-        device = self.time_proj.device
-        biases = {
-            time: self.input_bias + self.time_proj @ time_embedding(time, self.time_embed_size, device)
-            for time in stage_times(self._solver, steps)
-        }
-        if not self.time_proj.requires_grad:
-            self._time_biases[steps] = biases
-        return biases
-
-
-def velocity(
-    position: Tensor,
-    time_bias: Tensor,
-    input_proj: Tensor,
-    input_norm: Tensor,
-    input_norm_bias: Tensor,
-    hidden_proj: Tensor,
-    hidden_bias: Tensor,
-    hidden_norm: Tensor,
-    hidden_norm_bias: Tensor,
-    velocity_proj: Tensor,
-    velocity_bias: Tensor,
-) -> Tensor:
-    """v(x, t) of one expert: position (n, H) -> (n, H)."""
-    width = (len(time_bias),)
-    inner = F.silu(F.linear(position, input_proj, time_bias))
-    inner = F.layer_norm(inner, width, input_norm, input_norm_bias, LAYER_NORM_EPS)
-    inner = F.silu(F.linear(inner, hidden_proj, hidden_bias))
-    inner = F.layer_norm(inner, width, hidden_norm, hidden_norm_bias, LAYER_NORM_EPS)
-    return F.linear(inner, velocity_proj, velocity_bias)
-
-
-def time_embedding(time: float, size: int, device: torch.device) -> Tensor:
-    """[sin(t f_i)..., cos(t f_i)...], f_i = exp(-ln(10000) i / (half - 1)): (size)."""
-    half = size // 2
-    step = torch.log(torch.tensor(MAX_PERIOD, device=device)) / (half - 1)
-    angles = time * torch.exp(-step * torch.arange(half, device=device))
-    return torch.cat((angles.sin(), angles.cos()))
 
 
 def flow_auxiliary_loss(router_logits: Tensor) -> Tensor:

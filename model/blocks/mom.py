@@ -10,26 +10,26 @@ T tokens, N Masters, H hidden.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.blocks.base import (
-    BlockConfig,
     BlockSpan,
     ExpertBlock,
     ExpertUsage,
-    check_choice,
+    all_written,
     count_parameters,
     record_routing,
 )
-from model.blocks.experts import ACTIVATION_MULTIPLE, pad_rows, padded_linear
+from model.blocks.experts import ACTIVATION_MULTIPLE, compiles, pad_rows, padded_linear
 from model.blocks.masters import MASTERS, Master
+from model.blocks.mom_config import MomConfig, check
+from model.blocks.mom_written import WrittenMasters
 from model.blocks.routing import BALANCE_LOSS_COEF
-from model.errors import UnsupportedConfig
 from model.flow_attention import FLOW_ATTENTION_SLOTS, FlowAttention
 from model.recurrence import Memory, SequenceRows, WholeWindows
 from model.threads import one_thread
@@ -37,31 +37,6 @@ from model.threads import one_thread
 TEMPERATURE_BOUNDS = (0.01, 10.0)
 SMALLEST_WEIGHT = 1e-30  # of a mean over no tokens
 BYPASS_SOFTNESS = 0.1  # width of the sigmoid that stands in for the bypass step's derivative
-CHOICES = {
-    "flow": ("mean", "sum"),
-    "temperature": ("softplus", "sigmoid"),
-    "routing": ("soft", "topk", "hybrid"),
-    "attention": ("none", "flow"),
-}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MomConfig(BlockConfig):
-    """`num_experts` Masters of width `expert_size`; `num_experts_per_tok` is k of top-k routing and of usage counts.
-
-    flow: "mean" (F = S / z) or the literal "sum". temperature: "softplus" or the literal "sigmoid".
-    routing: "soft" (gates over all Masters) and "topk" (the k best, renormalised) add the shared flow to the gated
-    Masters (eq. 13); "hybrid" has soft gates and blends the two by a learned share (eq. 10).
-    attention: "flow" puts FlowAttention before the Masters. backward_flow: refused in a causal model.
-    """
-
-    flow: str = "mean"
-    flow_decay: float = 0.99  # lambda
-    temperature: str = "softplus"
-    routing: str = "hybrid"
-    bypass_threshold: float = 0.5
-    attention: str = "none"
-    backward_flow: bool = False
 
 
 class MomBlock(ExpertBlock):
@@ -85,6 +60,7 @@ class MomBlock(ExpertBlock):
         self.blend = nn.Parameter(torch.zeros(1))  # a, through a sigmoid
         self.gamma = nn.Parameter(torch.zeros(hidden))
         self.attention = FlowAttention(hidden) if config.attention == "flow" else None
+        self._compiled: WrittenMasters | None = None
 
     @property
     def state_slots(self) -> int:
@@ -92,21 +68,19 @@ class MomBlock(ExpertBlock):
         return 2 + sum(self._master(i).slots for i in range(len(self.masters))) + self._attention_slots
 
     def serve(self, hidden: Tensor, layer: int, spans: Sequence[BlockSpan], usage: ExpertUsage) -> Tensor:
+        fresh = hidden.new_zeros(self.state_slots, self.config.hidden_size, dtype=torch.float32)
+        states = [span.state[layer] if span.start else fresh for span in spans]
         with one_thread():
-            fresh = hidden.new_zeros(self.state_slots, self.config.hidden_size, dtype=torch.float32)
-            memory = SequenceRows(
-                [span.state[layer] if span.start else fresh for span in spans],
-                [span.end - span.first for span in spans],
-            )
-            positions = torch.cat(
-                [torch.arange(s.start, s.start + s.end - s.first, device=hidden.device) for s in spans]
-            )
-            contribution, gates, active = self._compute(self.normed(hidden), positions, memory)
-            for span, state in zip(spans, memory.states, strict=True):
+            if all_written(spans) and compiles(hidden, self.gamma):
+                starts = [span.start for span in spans]
+                contribution, gates, active, states = self._written().write(hidden, starts, states)
+            else:
+                contribution, gates, active, states = self._read(hidden, spans, states)
+            for span, state in zip(spans, states, strict=True):
                 span.state[layer] = state
             largest = gates.topk(self.config.num_experts_per_tok, dim=-1).indices
-            record_routing(usage, layer, largest, spans, active.squeeze(-1) > 0)
-            return contribution
+            record_routing(usage, layer, largest, spans, active)
+        return contribution
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         positions = torch.arange(hidden.shape[1], device=hidden.device)
@@ -128,7 +102,51 @@ class MomBlock(ExpertBlock):
 
     def gates(self, normed: Tensor, temperatures: Tensor) -> Tensor:
         """g of every token and Master: (..., H) -> (..., N), summing to 1."""
-        soft = (_rows_linear(normed, self.gate_proj) / temperatures).softmax(-1)
+        return self._kept((_rows_linear(normed, self.gate_proj) / temperatures).softmax(-1))
+
+    def _read(
+        self, hidden: Tensor, spans: Sequence[BlockSpan], states: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor, Sequence[Tensor]]:
+        """hidden (T, H) -> contribution (T, H), gates (T, N), which rows take part (T), each sequence's new state."""
+        memory = SequenceRows(states, [span.end - span.first for span in spans])
+        positions = torch.cat(
+            [torch.arange(s.start, s.start + s.end - s.first, device=hidden.device) for s in spans]
+        )
+        contribution, gates, active = self._compute(self.normed(hidden), positions, memory)
+        return contribution, gates, active.squeeze(-1) > 0, memory.states
+
+    def _written(self) -> WrittenMasters:
+        """The compiled way of rows that are being written; kept once the block is frozen."""
+        if self._compiled is not None:
+            return self._compiled
+        config, slot = self.config, 2
+        own = {name: p.detach().numpy() for name, p in self.named_parameters(recurse=False)}
+        attention, masters = None, []
+        if self.attention is not None:
+            attention = self.attention.writer(slot)
+            slot += FLOW_ATTENTION_SLOTS
+        for i in range(len(self.masters)):
+            master = self._master(i)
+            masters.append(master.writer(slot))
+            slot += master.slots
+        literal, mean = config.temperature == "sigmoid", config.flow == "mean"
+        blend = own["blend"] if config.routing == "hybrid" else own["blend"][:0]
+        gates = (own["gate_proj"], own["temperature_proj"], own["temperature_bias"], literal)
+        made = WrittenMasters(
+            (own["norm"], np.float32(config.rms_norm_eps)),
+            attention,
+            (*gates, np.float32(config.bypass_threshold)),
+            masters,
+            (np.float32(config.flow_decay if mean else 1.0), mean),
+            (own["context_weights"], own["integrate_proj"], blend, own["gamma"]),
+            self._kept,
+        )
+        if not self.gamma.requires_grad:
+            self._compiled = made
+        return made
+
+    def _kept(self, soft: Tensor) -> Tensor:
+        """The gates (..., N) that count: with top-k routing the largest, renormalised."""
         if self.config.routing != "topk":
             return soft
         best, ids = soft.topk(self.config.num_experts_per_tok, dim=-1)
@@ -182,18 +200,6 @@ class MomBlock(ExpertBlock):
     @property
     def _attention_slots(self) -> int:
         return 0 if self.attention is None else FLOW_ATTENTION_SLOTS
-
-
-def check(config: MomConfig) -> None:
-    """Raises UnsupportedConfig for a choice that does not exist, or that a causal model cannot have."""
-    if config.backward_flow:
-        raise UnsupportedConfig(
-            "backward flow (eq. 9) sees later tokens: a causal model cannot have it, and scores from it are void"
-        )
-    for name, allowed in CHOICES.items():
-        check_choice(config, name, allowed)
-    if not 0 < config.flow_decay <= 1:
-        raise UnsupportedConfig(f"mom: flow_decay is {config.flow_decay}; allowed: above 0, at most 1")
 
 
 def _bias_of_one(temperature: str) -> float:

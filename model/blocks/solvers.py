@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -13,6 +15,13 @@ class Tableau:
     nodes: tuple[float, ...]
     weights: tuple[tuple[float, ...], ...]
     result: tuple[float, ...]
+
+    def arrays(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Weights, filled up with zeros to (stages, stages), and the result's (stages)."""
+        weights = np.zeros((len(self.nodes), len(self.nodes)), np.float32)
+        for row, own in zip(weights, self.weights, strict=True):
+            row[: len(own)] = own
+        return weights, np.array(self.result, np.float32)
 
 
 SOLVERS: dict[str, Tableau] = {
@@ -25,9 +34,14 @@ SOLVERS: dict[str, Tableau] = {
 }
 
 
+def step_times(tableau: Tableau, steps: int) -> list[list[float]]:
+    """The time of each stage of each step."""
+    return [[_time(step, node, steps) for node in tableau.nodes] for step in range(steps)]
+
+
 def stage_times(tableau: Tableau, steps: int) -> list[float]:
     """Every time at which the velocity is asked for."""
-    return sorted({_time(step, node, steps) for step in range(steps) for node in tableau.nodes})
+    return sorted({time for times in step_times(tableau, steps) for time in times})
 
 
 def integrate(

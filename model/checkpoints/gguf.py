@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 import gguf
 import numpy as np
@@ -16,6 +16,9 @@ from model.errors import CheckpointError
 from model.native.packed import pack, packable
 
 LARGEST_COUNT = 1 << 24
+LARGEST_NUMBER = 1e12
+
+T = TypeVar("T", str, int)
 
 
 class GGUFFile:
@@ -37,19 +40,45 @@ class GGUFFile:
             return default
         if entry is None:
             raise CheckpointError(f"{self.path} has no metadata field {key!r}")
-        return entry.contents()
+        try:
+            return entry.contents()
+        except (ValueError, LookupError, TypeError, ArithmeticError) as error:
+            raise CheckpointError(f"{self.path}: {key} cannot be read: {error}") from error
 
     def count(self, key: str, default: int | None = None, lowest: int = 1) -> int:
         """A whole number of the metadata."""
         given = self.field(key, default)
         if type(given) is not int or not lowest <= given <= LARGEST_COUNT:
-            raise CheckpointError(
-                f"{self.path}: {key} is {str(given)[:100]}; allowed: a whole number from {lowest} to {LARGEST_COUNT}"
-            )
+            self.refuse(key, f"a whole number from {lowest} to {LARGEST_COUNT}")
         return given
 
+    def number(self, key: str, default: float | None = None) -> float:
+        """A positive finite number of the metadata."""
+        given = self.field(key, default)
+        if type(given) not in (int, float) or not 0 < given < LARGEST_NUMBER:
+            self.refuse(key, f"a number above 0 and below {LARGEST_NUMBER:g}")
+        return float(given)
+
+    def text(self, key: str, default: str | None = None) -> str:
+        given = self.field(key, default)
+        if not isinstance(given, str):
+            self.refuse(key, "a string")
+        return given
+
+    def items(self, key: str, kind: type[T]) -> list[T]:
+        """A list of strings or of whole numbers."""
+        given: Any = self.field(key)
+        if not isinstance(given, list) or not all(type(each) is kind for each in given):
+            self.refuse(key, f"a list of {'strings' if kind is str else 'whole numbers'}")
+        return given
+
+    def refuse(self, key: str, allowed: str) -> NoReturn:
+        """Raises CheckpointError saying what a field of the metadata is and what is allowed."""
+        given = str(self.field(key, "missing"))[:100]
+        raise CheckpointError(f"{self.path}: {key} is {given}; allowed: {allowed}")
+
     def config(self) -> ModelConfig:
-        architecture = self.field("general.architecture")
+        architecture = self.text("general.architecture")
         if architecture != "llama":
             raise CheckpointError(
                 f"{self.path} is a {architecture!r} file; GGUF files of 'llama' are supported"
@@ -59,6 +88,11 @@ class GGUFFile:
             raise CheckpointError(f"{self.path}: rotary positions are scaled by {scaling!r}; allowed: 'none'")
         hidden, heads = self.count("llama.embedding_length"), self.count("llama.attention.head_count")
         head_dim = self.count("llama.attention.key_length", hidden // heads)
+        if head_dim % 2:
+            self.refuse("llama.attention.key_length", "an even number")
+        groups = self.count("llama.attention.head_count_kv", heads)
+        if heads % groups:
+            self.refuse("llama.attention.head_count_kv", f"a divisor of the heads, {heads}")
         divisors: list[float] = []
         if names.GGUF_ROPE_DIVISORS in self._tensors:
             divisors = self.tensor(names.GGUF_ROPE_DIVISORS, (head_dim // 2,)).tolist()
@@ -68,10 +102,10 @@ class GGUFFile:
             intermediate_size=self.count("llama.feed_forward_length"),
             num_hidden_layers=self.count("llama.block_count"),
             num_attention_heads=heads,
-            num_key_value_heads=self.count("llama.attention.head_count_kv", heads),
+            num_key_value_heads=groups,
             head_dim=head_dim,
-            rms_norm_eps=float(self.field("llama.attention.layer_norm_rms_epsilon")),
-            rope_theta=float(self.field("llama.rope.freq_base", 10_000.0)),
+            rms_norm_eps=self.number("llama.attention.layer_norm_rms_epsilon"),
+            rope_theta=self.number("llama.rope.freq_base", 10_000.0),
             max_position_embeddings=self.count("llama.context_length"),
             bos_token_id=self.count("tokenizer.ggml.bos_token_id", lowest=0),
             eos_token_id=self.count("tokenizer.ggml.eos_token_id", lowest=0),
@@ -87,10 +121,12 @@ class GGUFFile:
         if given != shape:
             raise CheckpointError(f"{self.path}: tensor {name!r} has shape {given}, expected {shape}")
         try:
-            values = np.array(gguf.dequantize(found.data, found.tensor_type), dtype=np.float32)
-            return torch.from_numpy(values).reshape(shape)
+            values = np.array(gguf.dequantize(found.data, found.tensor_type), dtype=np.float32).reshape(shape)
         except (NotImplementedError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{self.path}: tensor {name!r} cannot be read: {error}") from error
+        if not np.isfinite(values).all():
+            raise CheckpointError(f"{self.path}: tensor {name!r} holds values that are not finite")
+        return torch.from_numpy(values)
 
     def quants(self, name: str, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, int] | None:
         """A matrix of 4 or 8 bits as it is stored: quants (N, M) uint8, scales and minima (N, M / 32, 2) float16, bits.
@@ -135,6 +171,8 @@ class GGUFFile:
 
     def _check(self, config: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> None:
         """Raises CheckpointError unless the file has all that the model takes, in its shapes, and nothing else."""
+        if config.num_hidden_layers > len(self._tensors):  # or the list alone might fill the memory
+            self.refuse("llama.block_count", f"as many as the file's {len(self._tensors)} tensors are for")
         embedding = (config.vocab_size, config.hidden_size)
         wanted = {names.GGUF_EMBEDDING: embedding, names.GGUF_FINAL_NORM: (config.hidden_size,)}
         wanted |= {

@@ -36,12 +36,10 @@ def load_folder(path: Path, dtype: torch.dtype, device: str, progress: Progress)
     """The model, its tokenizer and its routed FFNs in `dtype`. Raises CheckpointError before anything is loaded."""
     spec, tokenizer_end = read_tokenizer(path)
     architecture = read_architecture(path, tokenizer_end)
-    tokenizer = TextTokenizer(spec, architecture.model.vocab_size)
-    if tokenizer.vocab_size > architecture.model.vocab_size:
-        raise CheckpointError(
-            f"{path / TOKENIZER_FILE} has {tokenizer.vocab_size} tokens; {CONFIG_FILE} allows"
-            f" {architecture.model.vocab_size}"
-        )
+    try:
+        tokenizer = TextTokenizer(spec, architecture.model.vocab_size)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path / TOKENIZER_FILE}: {error}") from error
     files = TensorFiles(path)
     wanted = _checked_tensors(path, files.tensors, architecture)
     weights: dict[str, Tensor] = {}

@@ -1,6 +1,7 @@
 """A JSON object that somebody else wrote: read with a limit on its size, every value checked where it is asked for."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -8,6 +9,7 @@ from model.checkpoints.plain_file import read_small
 from model.errors import CheckpointError
 
 MAX_BYTES = 4 << 20
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 LARGEST = 1e12
 
 
@@ -105,4 +107,9 @@ def parsed_object(name: str, content: bytes) -> dict[str, Any]:  # Any: JSON
         raise CheckpointError(f"{name} is no JSON: {str(error)[:200]}") from error
     if not isinstance(table, dict):
         raise CheckpointError(f"{name} is no JSON object")
+    if SURROGATE.search(content):
+        try:
+            json.dumps(table, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise CheckpointError(f"{name} holds half a character, a lone surrogate") from error
     return table

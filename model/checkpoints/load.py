@@ -81,7 +81,7 @@ def load_base(
     moved = {name: weight.to(device) for name, weight in weights.items()}
     transformer = assemble(config, moved)
     if transformer.decoder is not None:
-        compile_native(cache_dir)
+        compile_native()
     return BaseModel(transformer, TextTokenizer(spec, config.vocab_size))
 
 

@@ -9,6 +9,7 @@ from model.attention import rope_table
 from model.checkpoints.names import PACKED
 from model.config import ModelConfig
 from model.native.decoder import Decoder, supported
+from model.native.packed import stacked
 from model.transformer import LayerWeights
 
 MATRICES = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
@@ -32,6 +33,6 @@ def native_decoder(
     for layer in layers:
         assert layer.post_attention_norm is not None, "a packed layer has an FFN"
         norms.append(torch.stack((layer.input_norm, layer.post_attention_norm)))
-    stacked = {matrix: torch.stack(each) for matrix, each in parts.items()}  # which also aligns them
+    matrices = {matrix: stacked(each) for matrix, each in parts.items()}
     rope = rope_table(config, head.device)
-    return Decoder(config, stacked, torch.stack(norms), head.clone(), final_norm, rope)
+    return Decoder(config, matrices, torch.stack(norms), stacked([head])[0], final_norm, rope)

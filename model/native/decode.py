@@ -1,4 +1,4 @@
-"""One token of every sequence that is being written through the base's layers, in one compiled call.
+"""A few rows through the base's layers, in one compiled call: a token of every sequence that is being written.
 
 The weights keep the 4 or 8 bits of the file, a row is quantised to 16 bits in groups of 32 before each product;
 attention, norms and the residual stream are float32. Rows are computed one by one or by instructions that treat them
@@ -19,34 +19,30 @@ from model.native.tiles import GROUP, group_bytes
 PIECES = 16  # of a product
 EIGHT_BITS = group_bytes(8)
 # The kinds of jobs: those that are done row by row, and products.
-BEFORE_QKV, ATTENTION, BEFORE_GATE_UP, BEFORE_DOWN, BEFORE_HEAD = range(5)
-QKV, OUTPUT, GATE_UP, DOWN, HEAD = range(5, 10)
+BEFORE_QKV, PLACE, ATTENTION, BEFORE_GATE_UP, BEFORE_DOWN, BEFORE_HEAD = range(6)
+QKV, OUTPUT, GATE_UP, DOWN, HEAD = range(6, 11)
+LAYER_JOBS = 9
 
 
 @njit
-def attend_row(layer, row, positions, caches, wide, attended, scores, cos, sin, heads, kv_heads):
-    """Rotate a row's queries and key, put key and value into the cache, and attend."""
-    position, capacity, head_dim = positions[row], caches[row, 2], 2 * cos.shape[1]
-    group = heads // kv_heads
-    parts = wide[row, : (heads + 2 * kv_heads) * head_dim].reshape(-1, head_dim)
+def place_row(layer, parts, position, cache, cos, sin, heads, kv_heads):
+    """Rotate a row's queries and keys, parts (Q + 2 G, D), and put its keys and values into the cache."""
+    head_dim = parts.shape[1]
     rotate(parts[: heads + kv_heads], cos[position], sin[position])
-    out = attended.reshape(-1, head_dim)
     for head in range(kv_heads):
-        key = cached(caches[row, 0], layer, kv_heads, head, capacity, head_dim)
-        value = cached(caches[row, 1], layer, kv_heads, head, capacity, head_dim)
+        key = cached(cache[0], layer, kv_heads, head, cache[2], head_dim)
+        value = cached(cache[1], layer, kv_heads, head, cache[2], head_dim)
         for i in range(head_dim):
             key[position, i] = bfloat16_of(parts[heads + head, i])
             value[position, i] = bfloat16_of(parts[heads + kv_heads + head, i])
-        own = slice(head * group, (head + 1) * group)
-        attend(parts[own], key, value, position + 1, scores[row], out[own])
 
 
 @njit(inline="always")
 def do_piece(kind, layer, piece, hidden, place, matrices, head, room, rope, heads, kv_heads):
-    """A piece of a job: a row, or some of a product's outputs."""
-    quants, sums, wide, narrow, values, scores = room
+    """A piece of a job: a row, one of its key/value heads, or some of a product's outputs."""
+    quants, sums, wide, narrow, values, scratch = room
     cos, sin, eps = rope
-    size, inner, queries = hidden.shape[1], matrices[3].shape[2] * GROUP, 2 * heads * cos.shape[1]
+    size, inner = hidden.shape[1], matrices[3].shape[2] * GROUP
     if kind >= QKV:
         packed, out = head[0], head[2]
         if kind == QKV:
@@ -64,11 +60,24 @@ def do_piece(kind, layer, piece, hidden, place, matrices, head, room, rope, head
         else:
             product_4bit(packed, first, last, quants, sums, out)
         return
-    row, width = values[piece], size
+    head_dim, (positions, caches) = 2 * cos.shape[1], place
+    if kind == PLACE:
+        parts = wide[piece, : (heads + 2 * kv_heads) * head_dim].reshape(-1, head_dim)
+        place_row(layer, parts, positions[piece], caches[piece], cos, sin, heads, kv_heads)
+        return
     if kind == ATTENTION:
-        width = queries
-        attend_row(layer, piece, place[0], place[1], wide, row[:width], scores, cos, sin, heads, kv_heads)
-    elif kind == BEFORE_DOWN:
+        row, kv_head, width = piece // kv_heads, piece % kv_heads, heads // kv_heads * head_dim
+        columns = slice(kv_head * width, (kv_head + 1) * width)
+        cache = caches[row]
+        key = cached(cache[0], layer, kv_heads, kv_head, cache[2], head_dim)
+        value = cached(cache[1], layer, kv_heads, kv_head, cache[2], head_dim)
+        own, queries = values[row, columns], wide[row, columns].reshape(-1, head_dim)
+        attend(queries, key, value, positions[row] + 1, scratch[piece], own.reshape(-1, head_dim))
+        groups = slice(columns.start // GROUP, columns.stop // GROUP)
+        quantise(own, quants[row, groups], sums[row, groups])
+        return
+    row, width = values[piece], size
+    if kind == BEFORE_DOWN:
         width = inner
         silu_product(wide[piece, :inner], wide[piece, inner : 2 * inner], row)
     else:
@@ -87,17 +96,18 @@ def job_of(step, first, steps):
     """The kind and layer of the job that comes as number `step` of `steps`; the last two are the head's."""
     if step >= steps:
         return BEFORE_HEAD + (step - steps) * (HEAD - BEFORE_HEAD), 0
-    order = (BEFORE_QKV, QKV, ATTENTION, OUTPUT, BEFORE_GATE_UP, GATE_UP, BEFORE_DOWN, DOWN)
-    return order[step % len(order)], first + step // len(order)
+    order = (BEFORE_QKV, QKV, PLACE, ATTENTION, OUTPUT, BEFORE_GATE_UP, GATE_UP, BEFORE_DOWN, DOWN)
+    return order[step % LAYER_JOBS], first + step // LAYER_JOBS
 
 
 @njit(nogil=True)
 def work(board, leads, first, last, hidden, place, matrices, head, room, rope, heads, kv_heads):
     """Rows (R, H) through layers `first` to `last` - 1, in place, then through the head if logits (R, V) are given.
 
-    One thread leads, others may follow on the same board; they return when all is done.
+    Rows may belong to one sequence: each sees those before it. One thread leads, others may follow on the same board;
+    they return when all is done.
     """
-    rows, layer_jobs = len(hidden), 8 * (last - first)
+    rows, layer_jobs = len(hidden), LAYER_JOBS * (last - first)
     jobs = layer_jobs + 2 * min(len(head[2]), 1)
     step, pieces, waited = 0, 0, 0
     while True:
@@ -114,13 +124,13 @@ def work(board, leads, first, last, hidden, place, matrices, head, room, rope, h
             waited = rest(board, waited)
         else:
             wait_for(board, pieces)
-            if 0 < step <= layer_jobs and step % 8 == 0:
+            if 0 < step <= layer_jobs and step % LAYER_JOBS == 0:
                 for row in range(rows):
                     hidden[row] += room[3][row]
             if step == jobs:
                 close(board)
                 return
             kind, layer = job_of(step, first, layer_jobs)
-            pieces = PIECES if kind >= QKV else rows
+            pieces = PIECES if kind >= QKV else rows * kv_heads if kind == ATTENTION else rows
             offer(board, kind, layer, pieces)
             step += 1

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.kv_cache import SequenceCache
+from model.native.attention import scratch_size
 from model.native.decode import work
+from model.native.embedding import look_up
 from model.native.sharing import Helpers, new_board
 from model.native.tiles import GROUP
 
@@ -47,6 +49,12 @@ class Decoder:
         self._heads = (config.num_attention_heads, config.num_key_value_heads)
         self._helpers = Helpers(work)
         self._helping = threading.Lock()
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """The residual stream's start: token ids (T) int64 -> (T, H) float32."""
+        rows = torch.empty(len(token_ids), self._config.hidden_size)
+        look_up(self._head[0], token_ids.contiguous().numpy(), rows.numpy())
+        return rows
 
     def layers(
         self,
@@ -102,5 +110,7 @@ class Decoder:
             np.empty((rows, max(2 * inner, config.query_size + 2 * config.key_value_size)), np.float32),
             np.empty((rows, size), np.float32),
             np.empty((rows, widest), np.float32),
-            np.empty((rows, positions), np.float32),
+            np.empty(
+                (rows * config.num_key_value_heads, scratch_size(positions, config.head_dim)), np.float32
+            ),
         )

@@ -4,19 +4,19 @@ A row's bits can therefore not depend on how many rows there are. H hidden, M in
 """
 
 # pyright: reportUntypedFunctionDecorator=false, reportUnknownParameterType=false, reportMissingParameterType=false
+# pyright: reportCallIssue=false
 
 import numpy as np
 from numba import njit
 
+from model.native.lanes import quantise_groups, silu_times
 from model.native.simd import float_of_bits, rounded
-from model.native.tiles import GROUP
 
 # Sums may be reordered, so that they run in all lanes of a register; NaN and infinity stay what they are.
 SUMS = {"reassoc", "contract", "nsz"}
 LOG2_E, LN_2_HIGH, LN_2_LOW = np.float32(1.44269504), np.float32(0.693359375), np.float32(-2.12194440e-4)
 ONE = np.float32(1.0)
 LARGEST_EXPONENT = np.float32(88.0)
-LARGEST_QUANT = np.float32(127 * 256 + 127)
 
 
 @njit(error_model="numpy", fastmath=SUMS)
@@ -34,15 +34,6 @@ def exp(x):
     return (p * r * r + r + ONE) * float_of_bits(np.uint32(np.int32(n) + np.int32(127)) << np.uint32(23))
 
 
-@njit(fastmath=True)
-def largest(values):
-    """The largest magnitude. Says nothing about NaN."""
-    found = np.float32(0)
-    for i in range(len(values)):
-        found = max(found, abs(values[i]))
-    return found
-
-
 @njit(error_model="numpy", fastmath=SUMS)
 def mean_square(values):
     total = np.float32(0)
@@ -51,27 +42,14 @@ def mean_square(values):
     return total / np.float32(len(values))
 
 
-@njit(error_model="numpy", fastmath=SUMS)
+@njit
 def quantise(values, quants, sums):
     """values (M) to 16 bits, value = scale (256 high + low): quants (M / 32, 2, 32) int8, the high bytes first.
 
     sums (M / 32, 2): each group's scale, and the sum of its quantised values. A value that is not finite leaves a
     scale that is not.
     """
-    for group in range(len(sums)):
-        part = values[group * GROUP : (group + 1) * GROUP]
-        top = largest(part)
-        inverse = LARGEST_QUANT / top if top > 0 else np.float32(0)
-        total, strange = np.int32(0), np.float32(0)
-        for i in range(GROUP):
-            quant = np.int32(rounded(part[i] * inverse))
-            high = np.int32(quant + np.int32(128)) >> np.int32(8)
-            quants[group, 0, i] = high
-            quants[group, 1, i] = quant - (high << np.int32(8))
-            total = np.int32(total + quant)
-            strange += part[i] * np.float32(0)
-        scale = top / LARGEST_QUANT + strange
-        sums[group, 0], sums[group, 1] = scale, scale * np.float32(total)
+    quantise_groups(values.ctypes.data, len(sums), quants.ctypes.data, sums.ctypes.data)
 
 
 @njit(error_model="numpy", fastmath={"contract"})
@@ -82,11 +60,10 @@ def norm(values, weight, eps, normed):
         normed[i] = values[i] * scale * weight[i]
 
 
-@njit(error_model="numpy", fastmath={"contract"})
+@njit
 def silu_product(gate, up, out):
-    """silu(gate) * up."""
-    for i in range(len(gate)):
-        out[i] = gate[i] / (ONE + exp(-gate[i])) * up[i]
+    """silu(gate) * up of a multiple of 16 numbers."""
+    silu_times(gate.ctypes.data, up.ctypes.data, len(gate), out.ctypes.data)
 
 
 @njit(error_model="numpy", fastmath={"contract"})

@@ -36,8 +36,8 @@ def load(b: Builder, address: Value, kind: Any, align: int = 4) -> Value:
     return loaded
 
 
-def store(b: Builder, value: Value, address: Value) -> None:
-    b.store(value, b.inttoptr(address, value.type.as_pointer())).align = 4
+def store(b: Builder, value: Value, address: Value, align: int = 4) -> None:
+    b.store(value, b.inttoptr(address, value.type.as_pointer())).align = align
 
 
 def splat(b: Builder, value: Value, kind: Any) -> Value:
@@ -72,6 +72,9 @@ def _of_one(result: Any, argument: Any, spelled: Callable[[Builder, Value], Valu
 
 bits_of_float = _of_one(types.uint32, types.float32, lambda b, value: b.bitcast(value, I32))
 float_of_bits = _of_one(types.float32, types.uint32, lambda b, value: b.bitcast(value, F32))
+float_of_half = _of_one(
+    types.float32, types.uint16, lambda b, value: b.fpext(b.bitcast(value, ir.HalfType()), F32)
+)
 # To the nearest whole number, ties to even.
 rounded = _of_one(types.float32, types.float32, lambda b, value: call(b, "llvm.rint.f32", F32, value))
 # An address as a pointer that `numba.carray` takes.

@@ -103,5 +103,4 @@ def _tile(rows: int, bits: int) -> Callable[..., Any]:
     return tile
 
 
-tile_4bit_1, tile_4bit_2, tile_4bit_4, tile_4bit_8 = (_tile(rows, 4) for rows in (1, 2, 4, 8))
-tile_8bit_1, tile_8bit_2, tile_8bit_4, tile_8bit_8 = (_tile(rows, 8) for rows in (1, 2, 4, 8))
+TILES_4BIT, TILES_8BIT = ([_tile(rows, bits) for rows in (1, 2, 4, 8)] for bits in (4, 8))

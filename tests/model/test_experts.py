@@ -113,7 +113,7 @@ def test_experts_that_a_reader_holds_stay_as_they_were():
 
 
 def test_growing_usage_keeps_every_count_and_every_array_that_was_read():
-    usage = ExpertUsage([1, 2], 4)
+    usage = ExpertUsage([1, 2], 4, 2)
     usage.add(2, torch.tensor([[0, 3]]).numpy(), decode=True)
     read = usage.counts
     usage.resize({2: 6})

@@ -8,14 +8,8 @@ import torch
 from mixture_of_flows import FlowMatchingMoE, FlowMatchingMoEConfig
 from torch.testing import assert_close
 
-from model.blocks.fm_moe import (
-    FmMoeBlock,
-    FmMoeConfig,
-    flow_auxiliary_loss,
-    load_reference,
-    time_embedding,
-    velocity,
-)
+from model.blocks.flow_experts import time_embedding, velocity
+from model.blocks.fm_moe import FmMoeBlock, FmMoeConfig, flow_auxiliary_loss, load_reference
 from model.blocks.solvers import SOLVERS, integrate, stage_times
 from model.errors import UnsupportedConfig
 

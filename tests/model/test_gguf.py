@@ -60,17 +60,16 @@ def write(path, model, architecture="llama", fields=(), tensors=()):
         "llama.context_length": config.max_position_embeddings,
         "tokenizer.ggml.bos_token_id": 256,
         "tokenizer.ggml.eos_token_id": 257,
+        "llama.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": [*(chr(256 + i) for i in range(256)), "<s>", "</s>", "Āā"],
+        "tokenizer.ggml.merges": ["Ā ā"],
+        "tokenizer.ggml.token_type": [1] * 256 + [3, 3, 1],
     } | dict(fields)
+    add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
     for key, value in described.items():
-        if isinstance(value, int):
-            writer.add_uint32(key, value)
-        elif value is not None:
-            writer.add_string(key, value)
-    writer.add_float32("llama.attention.layer_norm_rms_epsilon", config.rms_norm_eps)
-    writer.add_string("tokenizer.ggml.pre", "smollm")
-    writer.add_array("tokenizer.ggml.tokens", [*(chr(256 + i) for i in range(256)), "<s>", "</s>", "Āā"])
-    writer.add_array("tokenizer.ggml.merges", ["Ā ā"])
-    writer.add_array("tokenizer.ggml.token_type", [1] * 256 + [3, 3, 1])
+        if value is not None:
+            add[type(value)](key, value)
     for name, array in (tensors_of(model) | dict(tensors)).items():
         if array is not None:
             writer.add_tensor(name, np.ascontiguousarray(array, dtype=np.float32))
@@ -123,6 +122,31 @@ def test_scaled_positions_of_a_file_are_followed(checkpoint, tmp_path):
         ({"fields": {"llama.block_count": 0}}, "llama.block_count is 0"),
         ({"fields": {"llama.embedding_length": "wide"}}, "llama.embedding_length is wide"),
         ({"fields": {"llama.rope.scaling.type": "yarn"}}, "scaled by 'yarn'"),
+        ({"fields": {"llama.block_count": 10_000_000}}, "llama.block_count is 10000000; allowed: as many as"),
+        (
+            {"fields": {"llama.attention.key_length": 15}},
+            "llama.attention.key_length is 15; allowed: an even",
+        ),
+        ({"fields": {"llama.attention.head_count_kv": 3}}, "head_count_kv is 3; allowed: a divisor"),
+        (
+            {"fields": {"llama.attention.layer_norm_rms_epsilon": float("nan")}},
+            "layer_norm_rms_epsilon is nan",
+        ),
+        (
+            {"fields": {"llama.rope.freq_base": -1.0}},
+            "llama.rope.freq_base is -1.0; allowed: a number above 0",
+        ),
+        ({"fields": {"tokenizer.ggml.tokens": 7}}, "tokenizer.ggml.tokens is 7; allowed: a list of strings"),
+        (
+            {"fields": {"tokenizer.ggml.merges": [1, 2]}},
+            "tokenizer.ggml.merges is [1, 2]; allowed: a list of",
+        ),
+        ({"fields": {"tokenizer.ggml.token_type": [1, 3]}}, "token_type has 2 kinds for 259 tokens"),
+        ({"fields": {"tokenizer.chat_template": 7}}, "tokenizer.chat_template is 7; allowed: a string"),
+        (
+            {"tensors": {"output_norm.weight": np.full(64, np.inf, np.float32)}},
+            "tensor 'output_norm.weight' holds values that are not finite",
+        ),
         ({"fields": {"llama.vocab_size": 99}}, "'token_embd.weight' has shape (512, 64), expected (99, 64)"),
         ({"tensors": {"blk.1.ffn_up.weight": None}}, "no tensor 'blk.1.ffn_up.weight'"),
         ({"tensors": {"blk.1.ffn_up.weight": np.zeros((4, 4))}}, "'blk.1.ffn_up.weight' has shape (4, 4)"),
@@ -153,4 +177,13 @@ def test_a_file_that_is_something_else_is_named(tmp_path):
     path = tmp_path / "m.gguf"
     path.write_bytes(b"\x80\x04" + bytes(range(256)) * 64)
     with pytest.raises(CheckpointError, match=r"m\.gguf cannot be read as a GGUF file"):
+        load_checkpoint(path, torch.float32, tmp_path / "cache")
+
+
+def test_metadata_that_is_no_text_is_named(checkpoint, tmp_path):
+    path = write(tmp_path / "m.gguf", checkpoint("llama")[1])
+    content = path.read_bytes()
+    at = content.index(b"smollm")
+    path.write_bytes(content[:at] + b"\xff" + content[at + 1 :])
+    with pytest.raises(CheckpointError, match=r"m\.gguf: tokenizer\.ggml\.pre cannot be read"):
         load_checkpoint(path, torch.float32, tmp_path / "cache")

@@ -330,7 +330,52 @@ def test_a_file_larger_than_it_may_be_is_not_read(folder):
 
 def test_a_chat_template_that_is_none_is_refused(folder):
     (folder / "chat_template.jinja").write_text("{% for %}")
-    assert "the chat template is none" in refusal(folder)
+    assert f"{folder / 'chat_template.jinja'}: the chat template is none" in refusal(folder)
+    (folder / "chat_template.jinja").unlink()
+    change_json(folder / "tokenizer_config.json", chat_template="{{")
+    assert f"{folder / 'tokenizer_config.json'}: the chat template is none" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, INDEX, "config.json", "tokenizer.json", "chat_template.jinja"])
+def test_a_folder_in_the_place_of_a_file_is_named(folder, name):
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).mkdir()
+    assert f"{folder / name} is no regular file" in refusal(folder)
+
+
+@pytest.mark.parametrize("field", ["bos_token", "eos_token", "chat_template"])
+def test_half_a_character_is_no_text(folder, field):
+    change_json(folder / "tokenizer_config.json", **{field: "\ud800"})
+    assert f"{folder / 'tokenizer_config.json'} holds half a character" in refusal(folder)
+
+
+def change_tokenizer(folder, **fields):
+    path = folder / "tokenizer.json"
+    described = json.loads(path.read_text())
+    path.write_text(json.dumps(described | {"model": described["model"] | fields}))
+
+
+@pytest.mark.parametrize("token_id", [1 << 32, 4_000_000_000, 1 << 22, -1, 1.5, "7"])
+@pytest.mark.parametrize("added", [False, True])
+def test_a_token_id_beyond_any_vocabulary_is_refused_before_a_table_is_made(folder, token_id, added):
+    described = json.loads((folder / "tokenizer.json").read_text())
+    if added:
+        change_json(folder / "tokenizer.json", added_tokens=[{"id": token_id, "content": "<x>"}])
+    else:
+        change_tokenizer(folder, vocab=described["model"]["vocab"] | {"<x>": token_id})
+    told = refusal(folder)
+    assert f"{folder / 'tokenizer.json'}: a token has the id {token_id}; allowed: 0 to" in told
+
+
+def test_subwords_that_the_library_cannot_cut_are_refused_by_field(folder):
+    change_tokenizer(folder, continuing_subword_prefix="x")
+    told = refusal(folder)
+    assert f"{folder / 'tokenizer.json'}: model.continuing_subword_prefix is x; allowed: null" in told
+
+
+def test_a_tokenizer_that_spells_in_an_unknown_way_is_named(folder):
+    change_json(folder / "tokenizer.json", decoder=None)
+    assert f"{folder / 'tokenizer.json'}: the tokenizer spells its tokens" in refusal(folder)
 
 
 def test_values_that_are_not_finite_are_named(folder, monkeypatch):

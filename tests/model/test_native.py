@@ -1,5 +1,6 @@
 """Compiled code for rows that are being written: what it computes, and that nobody beside a row leaves a mark on it."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -12,11 +13,13 @@ from model.blocks.routing import top_k_of_softmax
 from model.checkpoints.assemble import assemble
 from model.checkpoints.names import PACKED
 from model.kv_cache import CacheBudget
-from model.native.attention import attend
+from model.native.attention import attend, scratch_size
 from model.native.decoder import supported
 from model.native.experts import choose
+from model.native.likeliest import likeliest
 from model.native.packed import bits_of, pack, unpack
 from model.native.product import product_4bit, product_8bit
+from model.native.prompt_rows import EXACT_POSITIONS
 from model.native.rows import norm, quantise, silu_product
 from model.native.tiles import GROUP
 from model.transformer import Segment, Transformer
@@ -113,11 +116,14 @@ def test_norm_and_silu_are_those_of_torch():
 
 @needs_vnni
 @pytest.mark.parametrize("count", [1, 16, 37])
-def test_attention_is_that_of_torch(count):
-    query, key, value = random(3, 128), random(40, 128, seed=1).bfloat16(), random(40, 128, seed=2).bfloat16()
-    out = torch.empty(3, 128)
+@pytest.mark.parametrize("heads", range(1, 6))
+def test_attention_is_that_of_torch(count, heads):
+    query = random(heads, 128)
+    key, value = random(40, 128, seed=1).bfloat16(), random(40, 128, seed=2).bfloat16()
+    key[count:], value[count:] = float("nan"), float("nan")  # what nobody has written yet
+    out = torch.empty(heads, 128)
     bits = (part.view(torch.uint16).numpy() for part in (key, value))
-    attend(query.numpy(), *bits, count, np.empty(40, np.float32), out.numpy())
+    attend(query.numpy(), *bits, count, np.empty(scratch_size(count, 128), np.float32), out.numpy())
     expected = torch.nn.functional.scaled_dot_product_attention(
         query, key[:count].float(), value[:count].float()
     )
@@ -150,6 +156,18 @@ def test_chosen_experts_are_those_of_torch(renormalize):
     assert_close(gates, expected_gates, rtol=1e-5, atol=1e-6)
 
 
+def test_the_likeliest_token_is_torchs_and_none_where_logits_are_not_finite():
+    logits = random(9, 1000)
+    logits[3, 700:] = logits[3].max()  # of equals the first
+    logits[4] = -1.0
+    logits[5, 999], logits[6, 0], logits[7, 500] = float("nan"), float("inf"), float("-inf")
+    tokens = np.empty(9, np.int64)
+    likeliest(logits.numpy(), tokens)
+    expected = logits.argmax(1)
+    expected[5:8] = -1
+    assert tokens.tolist() == expected.tolist()
+
+
 @pytest.fixture(scope="module")
 def quantised(make_tiny, random_weights):
     """A tiny model whose matrices are 4-bit, and the same weights in float32."""
@@ -160,9 +178,7 @@ def quantised(make_tiny, random_weights):
             bits = 8 if name == "embedding" else 4
             quants, scales, matrix = quantised_matrix(*weight.shape, bits, seed)
             weights |= {name: matrix * 16, f"{name}{PACKED}": pack(quants, scales * 16, bits)}
-    # An embedding is looked up in bfloat16, and is the head in its 8 bits.
-    both = {"embedding": weights["embedding"].bfloat16().float(), "head": weights["embedding"]}
-    exact = assemble(config, {name: w for name, w in weights.items() if not name.endswith(PACKED)} | both)
+    exact = assemble(config, {name: w for name, w in weights.items() if not name.endswith(PACKED)})
     halved = {name: w if name.endswith(PACKED) else w.bfloat16() for name, w in weights.items()}
     return assemble(config, halved), exact
 
@@ -180,6 +196,13 @@ def caches_of(model: Transformer, count):
 
 
 @needs_vnni
+def test_embeddings_are_looked_up_in_the_eight_bits_of_the_file(quantised):
+    model, exact = quantised
+    token_ids = torch.tensor([[0, 15, 16, 95], [7, 7, 40, 31]])
+    assert_close(model.embed(token_ids), exact.embed(token_ids), rtol=1e-6, atol=1e-6)
+
+
+@needs_vnni
 def test_a_text_written_token_by_token_has_the_logits_of_float32(quantised):
     model, exact = quantised
     tokens = [(7 * i) % 96 for i in range(20)]
@@ -188,6 +211,38 @@ def test_a_text_written_token_by_token_has_the_logits_of_float32(quantised):
     expected = exact.logits(exact.step([Segment(tokens, 0, caches_of(exact, 1)[0])]))
     found = model.logits(rows, written=True)
     assert (found - expected).norm() / expected.norm() < 0.02  # keys and values are bfloat16
+
+
+@needs_vnni
+def test_a_prompts_first_positions_have_the_bits_of_written_rows_however_it_is_cut(quantised):
+    model, _ = quantised
+    tokens = [(7 * i) % 96 for i in range(EXACT_POSITIONS + 20)]
+    caches = CacheBudget(model.config, 4096, model.dtype, model.device)
+    one, whole, cut = (caches.reserve(len(tokens)) for _ in range(3))
+    expected = torch.cat([written(model, [tokens[i]], i, [one]) for i in range(EXACT_POSITIONS)])
+    hidden = model.step([Segment(tokens, 0, whole)])
+    assert torch.equal(hidden[:EXACT_POSITIONS], expected)
+    following = written(model, [tokens[EXACT_POSITIONS]], EXACT_POSITIONS, [one])
+    assert not torch.equal(hidden[EXACT_POSITIONS : EXACT_POSITIONS + 1], following)
+    ends = [0, 10, EXACT_POSITIONS - 1, EXACT_POSITIONS + 5, len(tokens)]
+    parts = [model.step([Segment(tokens[a:b], a, cut)]) for a, b in itertools.pairwise(ends)]
+    assert torch.equal(torch.cat(parts), hidden)
+
+
+@needs_vnni
+@pytest.mark.parametrize("threads", [1, 2])
+def test_rows_of_one_sequence_have_the_same_bits_at_once_and_one_after_the_other(quantised, threads):
+    model, _ = quantised
+    tokens, before = torch.arange(20), torch.get_num_threads()
+    one, several = caches_of(model, 2)
+    expected = torch.cat([written(model, [int(token)], i, [one]) for i, token in enumerate(tokens)])
+    torch.set_num_threads(threads)
+    try:
+        hidden = model.embed(tokens)
+        model.decoder.layers(0, len(model.layers), hidden, range(20), [several] * 20)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(hidden, expected)
 
 
 @needs_vnni
