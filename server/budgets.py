@@ -28,6 +28,10 @@ class Budget:
         """Take out what has been used."""
         self._left_over = self._left() - units
 
+    def give_back(self, units: int) -> None:
+        """Put in again what was taken out and not used."""
+        self._left_over = self._left() + units
+
     def wait_s(self, units: int) -> int:
         """Whole seconds until `allows` holds, at least 1."""
         missing = min(units, self._capacity) - self._left()

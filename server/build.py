@@ -22,7 +22,8 @@ from model.errors import CheckpointError
 from model.transformer import Transformer, Variant
 from server.added_experts import AddedExperts
 from server.canary_probe import make_guard
-from server.engine.engine import Engine, Observers
+from server.engine.counters import Observers
+from server.engine.engine import Engine
 from server.engine.runner import EngineRunner
 from server.engine.scheduler import SchedulerConfig
 from server.expert_files import kept_folder, plastic_blocks
@@ -155,6 +156,7 @@ def _build_engine(
         plastic,
         time.monotonic,
         observers,
+        engine_settings.prefix_cache_tokens,
     )
     runner = EngineRunner(engine, threads)
     created = int(time.time())

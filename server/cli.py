@@ -11,8 +11,10 @@ import click
 
 from server.api_key_file import FILE_NAME
 from server.cli_adapt import adapt
+from server.cli_bench import bench
 from server.cli_chat import chat
 from server.cli_completion import completion, plastic_names
+from server.cli_convert import convert
 from server.cli_experts import experts
 from server.cli_keys import keys
 from server.cli_settings import CONFIG_OPTION, checked_settings, errors_shown, faults_of, own_endpoint, told
@@ -72,6 +74,8 @@ main.add_command(keys)
 main.add_command(chat)
 main.add_command(train)
 main.add_command(adapt)
+main.add_command(convert)
+main.add_command(bench)
 main.add_command(worker)
 main.add_command(completion)
 

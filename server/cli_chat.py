@@ -1,13 +1,7 @@
-"""`libration chat`: a conversation in the terminal with a running server, and what its experts did.
-
-A plain client of the HTTP API; knows nothing of the server's parts.
-"""
+"""`libration chat`: a conversation in the terminal with a running server, and what its experts did."""
 
 import base64
 import io
-import json
-import urllib.error
-import urllib.request
 from collections.abc import Generator, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
@@ -17,21 +11,18 @@ from typing import Any
 import click
 import numpy as np
 
+from server.api_client import ApiClient, Json
 from server.cli_completion import endpoint_names
 
-Json = dict[str, Any]  # Any: JSON
-
 SHOWN_EXPERTS = 4
-TIMEOUT_S = 300
 
 
 @dataclass(slots=True)
 class Conversation:
     """Messages so far, and how to ask for the next one."""
 
-    url: str
+    server: ApiClient
     model: str
-    api_key: str | None
     options: Json
     messages: list[dict[str, str]] = field(default_factory=list[dict[str, str]])
 
@@ -42,33 +33,11 @@ class Conversation:
         """
         asked = [*self.messages, {"role": "user", "content": text}]
         answer = ""
-        for chunk in self._stream({"messages": asked} | self.options):
+        body = {"model": self.model, "messages": asked} | self.options
+        for chunk in self.server.stream("/v1/chat/completions", body):
             answer += "".join(choice["delta"].get("content") or "" for choice in chunk["choices"])
             yield chunk
         self.messages = [*asked, {"role": "assistant", "content": answer}]
-
-    def _stream(self, body: Json) -> Iterator[Json]:
-        headers = {"Content-Type": "application/json"}
-        if self.api_key:
-            headers["Authorization"] = f"Bearer {self.api_key}"
-        request = urllib.request.Request(  # noqa: S310 - the scheme is checked by the command
-            f"{self.url}/v1/chat/completions",
-            json.dumps({"model": self.model, "stream": True} | body).encode(),
-            headers,
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:  # noqa: S310
-                for line in response:
-                    data = line.decode().strip().removeprefix("data: ")
-                    if data and data != "[DONE]":
-                        yield _checked(json.loads(data))
-        except urllib.error.HTTPError as error:
-            raise click.ClickException(_message_of(error)) from error
-        except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-            reason = getattr(error, "reason", error)
-            raise click.ClickException(
-                f"no answer from {self.url}: {reason}. Is `libration serve` running?"
-            ) from error
 
 
 @click.command()
@@ -91,15 +60,14 @@ def chat(url: str, model: str, api_key: str | None, **options: Any) -> None:
 
     An empty line or end of input ends it, Ctrl-C stops an answer. After each answer: the key version it was computed with, how much was learned, and the busiest experts.
     """
-    if not url.startswith(("http://", "https://")):
-        raise click.UsageError(f"--url is {url!r}; allowed: an http or https address")
+    server = ApiClient.of(url, api_key)
     wanted = {name: value for name, value in options.items() if value is not None}
     wanted |= {"stream_options": {"include_usage": True}}
     if model != "dense":
         wanted["return_routed_experts"] = True
     with suppress(ImportError):
         import_module("readline")  # what is typed can then be edited, and called up again
-    conversation = Conversation(url.rstrip("/"), model, api_key, wanted)
+    conversation = Conversation(server, model, wanted)
     while text := _next_line():
         try:
             with closing(conversation.ask(text)) as chunks:
@@ -145,16 +113,3 @@ def _busiest(expert_ids: np.ndarray[Any, Any]) -> str:
     ids, counts = np.unique(expert_ids, return_counts=True)
     order = np.argsort(-counts, kind="stable")[:SHOWN_EXPERTS]
     return " ".join(f"{ids[i]} ({counts[i] / len(expert_ids):.0%})" for i in order)
-
-
-def _checked(chunk: Json) -> Json:
-    if "error" in chunk:
-        raise click.ClickException(chunk["error"]["message"])
-    return chunk
-
-
-def _message_of(error: urllib.error.HTTPError) -> str:
-    try:
-        return json.loads(error.read())["error"]["message"]
-    except (ValueError, KeyError, TypeError):
-        return f"the server answered {error.code}"

@@ -7,7 +7,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +29,7 @@ from server.registry import Endpoint
 IDLE_SHARE = 0.1  # of a fair share
 READINGS_KEPT = 256
 
-SortField = Literal["expert", "usage", "drift", "norm", "distance"]
+SortField = Literal["expert", "usage", "drift", "norm", "distance", "idle"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,10 +152,24 @@ class LayerColumns:
     drift: NDArray[np.float64]  # relative to the anchor's norm
     drift_of_radius: NDArray[np.float64]  # NaN for an expert that settles: it has no radius
     norm: NDArray[np.float64]
+    idle_s: NDArray[np.float64]  # since the expert was last selected; NaN if it never was
+
+    def row(self, expert: int) -> dict[str, Any]:
+        """One expert's numbers, as JSON tells them."""
+        prefill, decode = self.usage[:, expert].tolist()
+        return {
+            "expert": expert,
+            "usage": {"prefill": prefill, "decode": decode},
+            "share": float(self.share[expert]),
+            "drift": float(self.drift[expert]),
+            "drift_of_radius": float(self.drift_of_radius[expert]),
+            "norm": float(self.norm[expert]),
+            "idle_s": float(self.idle_s[expert]),
+        }
 
 
 def layer_columns(endpoint: Endpoint, store: KeyStore, view: KeySnapshot, layer: int) -> LayerColumns:
-    """Usage is the endpoint's since its start, whoever asked; the rest is the version's."""
+    """Usage and idle time are the endpoint's since its start, whoever asked; the rest is the version's."""
     keys = view.keys_of(layer)
     radius = store.gravity.for_scope(view.scope).trust_radius
     drift = layer_drift(anchors_of(store)[layer], keys, radius)
@@ -163,7 +177,8 @@ def layer_columns(endpoint: Endpoint, store: KeyStore, view: KeySnapshot, layer:
     usage = endpoint.usage.of_layer(layer)[:, : len(keys)]
     norm = np.linalg.norm(keys.astype(np.float64), axis=1)
     of_radius = np.where(settles(store, np.arange(len(keys)), layer), np.nan, drift.of_radius)
-    return LayerColumns(usage, usage_share(usage.sum(axis=0)), drift.relative, of_radius, norm)
+    idle_s = endpoint.usage.recent[layer].idle_s()[: len(keys)]
+    return LayerColumns(usage, usage_share(usage.sum(axis=0)), drift.relative, of_radius, norm, idle_s)
 
 
 def ranked_experts(
@@ -182,4 +197,6 @@ def ranked_experts(
             by = columns.drift[expert_ids]
         case "norm":
             by = columns.norm[expert_ids]
+        case "idle":
+            by = np.nan_to_num(columns.idle_s[expert_ids], nan=np.inf)
     return expert_ids[np.lexsort((expert_ids, -by if falling else by))]

@@ -8,20 +8,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from server.engine.engine import Observers
+from server.engine.counters import Observers
 from server.metrics_experts import UsageCollector
 from server.metrics_families import PREFIX, counter, gauge, single_gauge
 from server.metrics_keys import KeyCollector
 from server.metrics_replicas import ReplicaCollector
+from server.metrics_vllm import VllmNames
 from server.registry import Registry
+from server.settings import MetricsSettings
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 FINE_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+DEFAULTS = MetricsSettings()
 
 
 class Metrics:
@@ -57,6 +60,10 @@ class Metrics:
             registry=self.registry,
         )
 
+        self._startup = Gauge(
+            f"{PREFIX}startup_seconds", "What the start took, by phase.", ["phase"], registry=self.registry
+        )
+
     def observers(self) -> Observers:
         """What the engine reports latencies to."""
         return Observers(
@@ -75,10 +82,18 @@ class Metrics:
     def count_refused(self, endpoint: str, reason: Literal["budget"], tokens: int) -> None:
         self._refused.labels(endpoint, reason).inc(tokens)
 
-    def watch(self, registry: Registry, version: str) -> None:
+    def note_startup(self, phase: Literal["import", "load", "listen"], seconds: float) -> None:
+        self._startup.labels(phase).set(seconds)
+
+    def watch(self, registry: Registry, version: str, settings: MetricsSettings = DEFAULTS) -> None:
         """Read these endpoints at every scrape from now on."""
-        self.registry.register(EngineCollector(registry))
-        self.registry.register(UsageCollector(registry))
+        engines = EngineCollector(registry)
+        self.registry.register(engines)
+        if settings.compat == "vllm":
+            self.registry.register(
+                VllmNames((engines, self._duration, self._first, self._between, self._queued))
+            )
+        self.registry.register(UsageCollector(registry, settings.expert_detail))
         self.registry.register(KeyCollector(registry))
         self.registry.register(ReplicaCollector(registry))
         self.registry.register(BuildCollector(version))
@@ -115,6 +130,12 @@ class EngineCollector(Collector):
         prompt = counter("prompt_tokens", "Prompt tokens computed.", "model")
         generated = counter("generation_tokens", "Tokens generated.", "model")
         finished = counter("request_finished", "Requests ended, by why.", "model", "reason")
+        queries = counter(
+            "prefix_cache_query_tokens", "Prompt tokens that were looked up in the prefix cache.", "model"
+        )
+        hits = counter(
+            "prefix_cache_hit_tokens", "Prompt tokens taken from the prefix cache, not computed.", "model"
+        )
         renewals = counter(
             "within_request_waits", "Waits of a prompt for what it taught.", "model", "outcome"
         )
@@ -123,6 +144,8 @@ class EngineCollector(Collector):
             running.add_metric([name], sum(s.endpoint == name for s in runner.running()))
             waiting.add_metric([name], sum(s.endpoint == name for s in runner.waiting()))
             prompt.add_metric([name], counters.prompt_tokens[name])
+            queries.add_metric([name], counters.prefix_queries[name])
+            hits.add_metric([name], counters.prefix_hits[name])
             generated.add_metric([name], counters.generated_tokens[name])
             for (of, reason), count in counters.finished.copy().items():
                 if of == name:
@@ -130,7 +153,7 @@ class EngineCollector(Collector):
             for (of, outcome), count in counters.renewals.copy().items():
                 if of == name:
                     renewals.add_metric([name, outcome], count)
-        yield from (running, waiting, prompt, generated, finished, renewals)
+        yield from (running, waiting, prompt, generated, finished, queries, hits, renewals)
         yield from self._engines()
 
     def _engines(self) -> Iterator[Metric]:
@@ -141,6 +164,14 @@ class EngineCollector(Collector):
             sum(e.cache.reserved_tokens for e in engines)
             / max(1, sum(e.cache.capacity_tokens for e in engines)),
         )
+        yield single_gauge(
+            "prefix_cache_tokens",
+            "Tokens whose keys and values are kept for prompts that begin alike.",
+            sum(e.prefixes.tokens for e in engines),
+        )
+        evicted = counter("prefix_cache_evicted_tokens", "Tokens that the prefix cache gave up to make room.")
+        evicted.add_metric([], sum(e.prefixes.evicted_tokens for e in engines))
+        yield evicted
         steps = counter("engine_steps", "Batches computed, by outcome.", "outcome")
         steps.add_metric(["ok"], sum(e.counters.steps for e in engines))
         steps.add_metric(["failed"], sum(e.counters.failed_steps for e in engines))

@@ -13,8 +13,9 @@ from model.blocks.base import ExpertUsage
 from server.keyspace import idle_experts, retired_experts
 from server.metrics_families import counter, gauge
 from server.registry import Plasticity, Registry
+from server.settings import ExpertDetail
 
-EXPERT_DETAIL_LIMIT = 1024  # layers x experts, above which per-expert series are left to /usage
+EXPERT_DETAIL_LIMIT = 1024  # layers x experts, above which "auto" leaves per-expert series to /usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,7 @@ class UsageCollector(Collector):
     """Which experts work how much, from the matrix that /v1/keys/{endpoint}/usage shows."""
 
     served: Registry
+    detail: ExpertDetail
 
     def collect(self) -> Iterator[Metric]:
         families = (
@@ -34,16 +36,23 @@ class UsageCollector(Collector):
         )
         for name, endpoint in self.served.endpoints.items():
             if endpoint.usage is not None:
-                _add_usage(families, name, endpoint.usage, endpoint.plasticity)
+                experts = sum(endpoint.usage.of_layer(layer).shape[1] for layer in endpoint.usage.layers)
+                in_detail = self.detail == "always" or experts <= EXPERT_DETAIL_LIMIT
+                in_detail = in_detail and self.detail != "never"
+                _add_usage(families, name, endpoint.usage, endpoint.plasticity, in_detail=in_detail)
         yield from families
 
 
 def _add_usage(
-    families: tuple[Metric, ...], name: str, usage: ExpertUsage, plasticity: Plasticity | None
+    families: tuple[Metric, ...],
+    name: str,
+    usage: ExpertUsage,
+    plasticity: Plasticity | None,
+    *,
+    in_detail: bool,
 ) -> None:
     expert_tokens, layer_tokens, imbalance, jain, entropy, idle = families
     counts = {layer: usage.of_layer(layer) for layer in usage.layers}  # (phases, experts) each
-    in_detail = sum(each.shape[1] for each in counts.values()) <= EXPERT_DETAIL_LIMIT
     for layer, by_phase in counts.items():
         for phase, row in zip(usage.PHASES, by_phase, strict=True):
             labels = {"model": name, "layer": str(layer), "phase": phase}

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterable, Iterator
 
-from prometheus_client.core import Metric
+from prometheus_client.core import HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from keystore.errors import StoreUnavailable
@@ -11,7 +11,7 @@ from keystore.records import ScopeId
 from keystore.snapshot import KeySnapshot
 from keystore.store import KeyStore
 from server.keyspace import DriftReadings
-from server.metrics_families import counter, gauge
+from server.metrics_families import PREFIX, buckets, counter, gauge
 from server.registry import Plasticity, Registry
 
 
@@ -70,8 +70,15 @@ def _learning(plastic: dict[str, Plasticity]) -> Iterable[Metric]:
     degraded = gauge("store_degraded", "1 from a failed consolidation to the next good one.", "model")
     recall = gauge("key_index_recall_ratio", "Sampled recall of a large layer's index.", "model", "layer")
     builds = counter("key_index_rebuilds", "Indexes of large layers built.", "model", "layer", "outcome")
+    operations = HistogramMetricFamily(
+        f"{PREFIX}store_operation_duration_seconds",
+        "What waited for the storage behind the keys.",
+        labels=["model", "op"],
+    )
     for name, plasticity in plastic.items():
         counters = plasticity.store.counters()
+        for op, took in counters.operations.items():
+            operations.add_metric([name, op], buckets(took.counts), took.sum_s)
         for outcome, count in counters.updates.items():
             updates.add_metric([name, outcome], count)
         for reason, count in counters.dropped.items():
@@ -83,7 +90,7 @@ def _learning(plastic: dict[str, Plasticity]) -> Iterable[Metric]:
             recall.add_metric([name, str(layer)], ratio)
         for (layer, outcome), count in counters.index_builds.items():
             builds.add_metric([name, str(layer), outcome], count)
-    return updates, dropped, duration, lag, degraded, recall, builds
+    return updates, dropped, duration, lag, degraded, recall, builds, operations
 
 
 def _canary(plastic: dict[str, Plasticity]) -> Iterable[Metric]:

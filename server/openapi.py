@@ -17,9 +17,10 @@ from server.auth import ADMIN_PREFIX, METRICS_PATH, PUBLIC_PATHS
 
 Json = dict[str, Any]  # Any: JSON
 
-ANY_ROUTE = (413, 500)  # a body that is declared too large is refused before anybody asks what it is for
+# What is too slow or too large is refused before anybody asks what it is for.
+ANY_ROUTE = (408, 413, 431, 500)
 WITH_API_KEY = (401, 429)
-WITH_BODY = (400, 408, 415)
+WITH_BODY = (400, 415)
 WITH_PARAMETERS = (400,)
 WITH_NAME_IN_PATH = (404,)
 FOR_ADMINS = (403,)

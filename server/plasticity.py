@@ -83,6 +83,11 @@ class Teacher:
         store.news.replaced.add(self.discard)
         self.background = BackgroundWork(self._count_failed) if gravity.rule == "gradient" else None
 
+    @property
+    def credits_whole_prompts(self) -> bool:
+        """Whether a prompt's lessons must begin at its first token: `gradient` credit goes through all of it."""
+        return self.background is not None
+
     def lesson_taker(self, scope: ScopeId) -> Callable[[Lesson], None]:
         """What a sequence of this scope, which has pinned its keys, hands its prompt chunks to."""
         epoch = self.epoch(scope)

@@ -12,6 +12,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from server.build import Parts
+from server.http_protocol import BoundedHttp
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,8 @@ def run(
         app,
         host=host,
         port=port,
+        http=BoundedHttp,
+        ws="none",
         log_config=None,
         access_log=False,
         server_header=False,

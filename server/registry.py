@@ -22,6 +22,7 @@ from server.engine.sequence import Lesson, RoutedRows, Sequence
 from server.generation import Generation, GenerationRequest, KeyUse, PlasticityMode, open_mailbox
 from server.key_stores import Background
 from server.plasticity import Teacher
+from server.prefix_scopes import prefix_use
 from server.prompt_windows import learn_within
 from server.value_offsets import Session, ValueOffsets
 
@@ -119,7 +120,7 @@ class Endpoint:
         """Queue requests, all or none, that read given keys and teach whoever watches; raises as `start`."""
         made = [self._prepare(each.request) for each in watched]
         for (sequence, _), each in zip(made, watched, strict=True):
-            sequence.keys, sequence.teach = each.keys, each.watch
+            sequence.keys, sequence.teach, sequence.prefix = each.keys, each.watch, None
         self.runner.submit(*(sequence for sequence, _ in made))
         return [generation for _, generation in made]
 
@@ -164,6 +165,15 @@ class Endpoint:
             offsets=None if session is None or keys is None else session.newest(keys),
             newest_offsets=None if session is None else session.newest,
             renewal=renewal,
+            prefix=prefix_use(
+                self.name,
+                request,
+                use,
+                keys,
+                teaches=teach is not None,
+                credits_whole_prompts=self.plasticity is not None
+                and self.plasticity.teacher.credits_whole_prompts,
+            ),
         )
         return sequence, Generation(
             self.runner, sequence, mailbox, self.tokenizer, request.stop, use, request.report

@@ -23,6 +23,7 @@ from server.settings_section import Count, Port, Ratio, Section, read_secret
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+ExpertDetail = Literal["auto", "always", "never"]
 
 
 class ApiKeyLimits(Section):
@@ -86,6 +87,9 @@ class EngineSettings(Section):
     max_running: Count = 16
     max_waiting: Count = 64
     kv_cache_tokens: Annotated[int, Field(ge=64, le=1_000_000_000)] = 131_072
+    prefix_cache_tokens: Annotated[int, Field(ge=0, le=1_000_000_000)] = (
+        2048  # of kv_cache_tokens, as long as no request needs them: beginnings of prompts; 0: none
+    )
     prefill_chunk: Annotated[int, Field(ge=16, le=8192)] = 256
     step_tokens: Annotated[int, Field(ge=16, le=65_536)] = 512
 
@@ -95,6 +99,13 @@ class FeedbackSettings(Section):
 
     keep_s: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] = 600.0
     keep_answers: Count = 1024  # an answer of several choices counts as often
+
+
+class MetricsSettings(Section):
+    """What the metrics page shows beside what it always does."""
+
+    expert_detail: ExpertDetail = "auto"  # series for every expert; "auto": of up to 1,024 an endpoint
+    compat: Literal["vllm"] | None = None  # the most important figures also under vLLM's names
 
 
 class GuardSettings(Section):
@@ -136,17 +147,9 @@ class Settings(BaseSettings):
     key_store: KeyStoreSettings = KeyStoreSettings()
     worker: WorkerSettings = WorkerSettings()
     feedback: FeedbackSettings = FeedbackSettings()
+    metrics: MetricsSettings = MetricsSettings()
     guard: GuardSettings = GuardSettings()
     endpoints: dict[Name, EndpointSettings] = Field(default_factory=_default_endpoints, min_length=1)
-
-    @model_validator(mode="after")
-    def _learns_where_it_can(self) -> "Settings":
-        together = [name for name, each in self.endpoints.items() if each.learn_scope == "global"]
-        if self.key_store.backend == "redis" and together:
-            raise ValueError(
-                f"endpoints {', '.join(together)}: learn_scope 'global' needs key_store.backend 'embedded'"
-            )
-        return self
 
     @field_validator("data_dir", "experts_dir")
     @classmethod

@@ -32,7 +32,7 @@ def serve_until_signal(settings: Settings, started: float, processors: set[int])
     """
     os.sched_setaffinity(0, processors)  # with OMP_PROC_BIND, importing torch has bound this thread
     configure_logging()
-    metrics = Metrics()
+    began, metrics = time.monotonic(), Metrics()
     try:
         api_keys = ApiKeys(
             (ApiKey.limited(digest_of(each.secret()), each) for each in settings.server.api_keys),
@@ -44,7 +44,10 @@ def serve_until_signal(settings: Settings, started: float, processors: set[int])
     # This thread serves HTTP from here on, and the threads that it starts inherit its processors: only the
     # engine's are bound, by their own first product.
     os.sched_setaffinity(0, processors)
-    metrics.watch(parts.registry, version("libration"))
+    metrics.watch(parts.registry, version("libration"), settings.metrics)
+    loaded = time.monotonic()
+    metrics.note_startup("import", began - started)
+    metrics.note_startup("load", loaded - began)
     state = ServerState(
         registry=parts.registry,
         metrics=metrics,
@@ -62,6 +65,7 @@ def serve_until_signal(settings: Settings, started: float, processors: set[int])
     host, port = settings.server.host, settings.server.port
 
     def announce(bound_port: int) -> None:
+        metrics.note_startup("listen", time.monotonic() - loaded)
         names = ", ".join(parts.registry.endpoints)
         click.echo(
             f"Libration {state.version} serves {names} on http://{host}:{bound_port}/v1 "

@@ -31,7 +31,7 @@ class Answer:
                 self._count(delta)
                 parts[index].add(self._part(delta))
         choices = [self.dialect.choice(index, part) for index, part in enumerate(parts)]
-        return self.frame.around(self.dialect.whole, choices) | {"usage": self.tally.usage()} | self._keys()
+        return self.frame.around(self.dialect.whole, choices) | {"usage": self._usage()} | self._keys()
 
     async def stream(self, *, with_usage: bool, continuous_usage: bool) -> AsyncGenerator[bytes]:
         """The stream's chunks. The last one of all carries the `libration` object. Raises GenerationFailed."""
@@ -48,7 +48,7 @@ class Answer:
                     last = self._keys() if self.tally.complete and not with_usage else {}
                     yield self._chunk([self.dialect.piece_choice(index, part)], usage | last)
         if with_usage:
-            yield self._chunk([], {"usage": self.tally.usage()} | self._keys())
+            yield self._chunk([], {"usage": self._usage()} | self._keys())
 
     def _count(self, delta: TextDelta) -> None:
         self.tally.add(delta)
@@ -69,10 +69,13 @@ class Answer:
             return None
         return self.dialect.logprobs((), self.generations[0].tokenizer)
 
+    def _usage(self) -> Json:
+        return self.tally.usage([generation.cached_tokens for generation in self.generations])
+
     def _usage_of_a_chunk(self, with_usage: bool, continuous_usage: bool) -> Json:
         if not with_usage:
             return {}
-        return {"usage": self.tally.usage() if continuous_usage else None}
+        return {"usage": self._usage() if continuous_usage else None}
 
     def _chunk(self, choices: list[Json], more: Json) -> bytes:
         return sse(self.frame.around(self.dialect.piece, choices) | more)

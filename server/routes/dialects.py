@@ -59,6 +59,7 @@ class Tally:
 
     prompt_tokens: int
     choices: int
+    choices_per_prompt: int
     completion_tokens: int = 0
     finished: int = 0
 
@@ -70,11 +71,15 @@ class Tally:
     def complete(self) -> bool:
         return self.finished == self.choices
 
-    def usage(self) -> Json:
+    def usage(self, cached_tokens: Sequence[int]) -> Json:
+        """`cached_tokens` of every choice; of a prompt those count that none of its choices has read."""
+        n = self.choices_per_prompt
+        cached = sum(min(cached_tokens[first : first + n]) for first in range(0, self.choices, n))
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": cached},
         }
 
 

@@ -7,11 +7,12 @@ from fastapi import APIRouter, Request, Response
 
 from keystore.errors import KeyVersionUnavailable
 from keystore.projection import Plane, layer_drift
-from keystore.records import ScopeId
+from keystore.records import Int64Array, ScopeId
 from keystore.store import KeyStore
 from server.exchange import caller_of
 from server.keyspace import anchors_of, born_experts, layer_columns, visible_experts
 from server.refusals import NotFound
+from server.registry import Endpoint
 from server.routes.keys import Limit, Scope, Session, Version, keys_of_layer
 from server.routes.lookup import routing_keys_of, visible_scope
 from server.routes.wire import StrictJsonRoute, json_response
@@ -22,6 +23,7 @@ from server.state import state_of
 router = APIRouter(prefix="/v1/keys", route_class=StrictJsonRoute)
 
 NEIGHBOURS = 8
+PEERS = 8
 
 
 @router.get("/{endpoint}/layers/{layer}/projection", responses=answers(Projection))
@@ -66,7 +68,10 @@ def show_expert(
     version: Version = None,
     limit: Limit = 64,
 ) -> Response:
-    """One expert: its load, where its key is, who is near, and how it moved over the scope's kept versions."""
+    """One expert: its load, where its key is, who is near, and how it moved over the scope's kept versions.
+
+    Its peers are the experts that worked on the same tokens most often, of the newest that the layer routed.
+    """
     served, plasticity = routing_keys_of(state_of(request).registry, endpoint)
     store = plasticity.store
     seen = visible_scope(caller_of(request), plasticity, scope, session_id)
@@ -86,19 +91,28 @@ def show_expert(
         {
             "endpoint": endpoint,
             "layer": layer,
-            "expert": expert,
             "scope": str(seen),
             "version": view.version,
             "plastic": layer in view.usage,
-            "usage": {"prefill": int(columns.usage[0, expert]), "decode": int(columns.usage[1, expert])},
-            "share": float(columns.share[expert]),
-            "drift": float(columns.drift[expert]),
-            "drift_of_radius": float(columns.drift_of_radius[expert]),
-            "norm": float(columns.norm[expert]),
+            **columns.row(expert),
             "nearest": [{"expert": each, "distance": float(distances[each])} for each in nearest],
+            "coactivated": _coactivated(served, layer, expert, visible),
             "history": _history(store, seen, layer, expert, limit),
         }
     )
+
+
+def _coactivated(endpoint: Endpoint, layer: int, expert: int, expert_ids: Int64Array) -> dict[str, Any]:
+    """Who of these experts worked with one of them, most often first."""
+    assert endpoint.usage is not None, endpoint.name
+    window_tokens, tokens, together = endpoint.usage.recent[layer].together_with(expert)
+    ranked = expert_ids[np.argsort(-together[expert_ids], kind="stable")][:PEERS].tolist()
+    peers = [(each, int(together[each])) for each in ranked if together[each]]
+    return {
+        "window_tokens": window_tokens,
+        "tokens": tokens,
+        "peers": [{"expert": peer, "tokens": n, "share": n / tokens} for peer, n in peers],
+    }
 
 
 def _history(store: KeyStore, scope: ScopeId, layer: int, expert: int, limit: int) -> list[dict[str, Any]]:

@@ -85,7 +85,11 @@ def show_layer(
     offset: Offset = 0,
     limit: Limit = 100,
 ) -> Response:
-    """One layer, expert by expert. Usage is the whole process's since its start, the rest the scope's."""
+    """One layer, expert by expert.
+
+    Usage and idle time are the whole process's since its start, the rest is the scope's. `idle_s` is null for an expert
+    that has not been selected yet; sorted, it comes before all others.
+    """
     served, plasticity = routing_keys_of(state_of(request).registry, endpoint)
     seen = visible_scope(caller_of(request), plasticity, scope, session_id)
     view = plasticity.store.view(seen, version)
@@ -96,13 +100,8 @@ def show_layer(
     page = ranked[offset : offset + limit].tolist()
     nearest, distances = nearest_neighbours(keys[visible], np.searchsorted(visible, page).tolist())
     experts: list[dict[str, Any]] = [
-        {
-            "expert": expert,
-            "usage": {"prefill": int(columns.usage[0, expert]), "decode": int(columns.usage[1, expert])},
-            "share": float(columns.share[expert]),
-            "drift": float(columns.drift[expert]),
-            "drift_of_radius": float(columns.drift_of_radius[expert]),
-            "norm": float(columns.norm[expert]),
+        columns.row(expert)
+        | {
             "nearest": {"expert": int(visible[nearest[i]]), "distance": float(distances[i])}
             if nearest[i] >= 0
             else None,

@@ -42,16 +42,28 @@ def within_budget(
     ]
 
 
-def count_learned(
-    generations: Sequence[Generation], endpoint: Endpoint, caller: Caller, metrics: Metrics
-) -> None:
-    """Charge what these generations, which have started, teach."""
-    learned = sum(generation.keys.learned_tokens for generation in generations)
-    if not learned:
-        return
-    metrics.count_learned(endpoint.name, learned)
-    if caller.budget is not None:
-        caller.budget.spend(learned)
+class Charge:
+    """What generations that have started may teach: taken from the budget at once, settled when they have ended."""
+
+    def __init__(
+        self, generations: Sequence[Generation], endpoint: Endpoint, caller: Caller, metrics: Metrics
+    ):
+        self._generations, self._endpoint, self._metrics = generations, endpoint, metrics
+        self._budget = caller.budget
+        self._charged = self._learned()
+        if self._budget is not None:
+            self._budget.spend(self._charged)
+
+    def settle(self) -> None:
+        """Count what was let teach, and give back what need not: tokens that the prefix cache had."""
+        learned = self._learned()
+        if learned:
+            self._metrics.count_learned(self._endpoint.name, learned)
+        if self._budget is not None:
+            self._budget.give_back(self._charged - learned)
+
+    def _learned(self) -> int:
+        return sum(generation.keys.learned_tokens for generation in self._generations)
 
 
 def _offered_tokens(request: GenerationRequest, endpoint: Endpoint) -> int:

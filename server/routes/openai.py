@@ -16,7 +16,7 @@ from server.refusals import InvalidRequest
 from server.registry import Endpoint
 from server.routes.answers import Answer
 from server.routes.dialects import ChatDialect, CompletionDialect, Dialect, Frame, Tally, key_headers
-from server.routes.learning import count_learned, wanted_mode, within_budget
+from server.routes.learning import Charge, wanted_mode, within_budget
 from server.routes.lookup import PinnedEndpoint, served_endpoint
 from server.routes.prompts import check_logit_bias, check_token_ids, encode_messages, encode_prompt
 from server.routes.streams import DONE, EventStream, stop_when_left
@@ -91,8 +91,8 @@ async def _generate(
     grammar = await _grammar_of(request, endpoint, body)
     requests = list(_requests(request, endpoint, body, prompts, max_tokens, grammar))
     generations = endpoint.start_all(within_budget(requests, endpoint, caller, state.metrics))
-    count_learned(generations, endpoint, caller, state.metrics)
-    tally = Tally(sum(map(len, prompts)), len(generations))
+    charge = Charge(generations, endpoint, caller, state.metrics)
+    tally = Tally(sum(map(len, prompts)), len(generations), body.n)
     facts = exchange_of(request).facts
     facts |= {"model": endpoint.name, "prompt_tokens": tally.prompt_tokens, "choices": tally.choices}
     frame = Frame(
@@ -102,27 +102,31 @@ async def _generate(
         state.system_fingerprint,
     )
 
-    def remember() -> None:
+    def complete() -> None:
+        charge.settle()
         past = past_answer(endpoint.name, caller.tenant, generations)
         if past is not None:
             state.answers.remember(frame.answer_id, past)
 
-    answer = Answer(dialect, frame, generations, body.report, tally, remember)
+    answer = Answer(dialect, frame, generations, body.report, tally, complete)
     headers = key_headers([generation.keys for generation in generations])
+
+    def release() -> None:
+        facts["completion_tokens"] = tally.completion_tokens
+        if not tally.complete:
+            charge.settle()
+        for generation in generations:
+            generation.cancel()
+
     if body.stream:
-
-        def release() -> None:
-            facts["completion_tokens"] = tally.completion_tokens
-            for generation in generations:
-                generation.cancel()
-
         chunks = answer.stream(
             with_usage=body.wants_usage_chunk, continuous_usage=body.wants_continuous_usage
         )
         return EventStream(chunks, headers, DONE, release)
-    whole = await stop_when_left(request.receive, answer.collect())
-    facts["completion_tokens"] = tally.completion_tokens
-    return json_response(whole, headers)
+    try:
+        return json_response(await stop_when_left(request.receive, answer.collect()), headers)
+    finally:
+        release()
 
 
 async def _grammar_of(request: Request, endpoint: Endpoint, body: GenerationBody) -> Grammar | None:

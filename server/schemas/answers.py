@@ -8,10 +8,15 @@ from typing_extensions import TypedDict
 Plasticity = Literal["off", "read", "learn"]
 
 
+class PromptTokensDetails(TypedDict):
+    cached_tokens: int
+
+
 class Usage(TypedDict):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class OffsetReport(TypedDict):

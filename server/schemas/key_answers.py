@@ -72,13 +72,17 @@ class Neighbour(TypedDict):
     distance: float
 
 
-class ExpertRow(TypedDict):
+class _Expert(TypedDict):
     expert: int
     usage: Load
     share: float
     drift: float
     drift_of_radius: float | None  # null while a new expert settles: no radius holds it
     norm: float
+    idle_s: float | None  # since the process last selected it; null: not yet
+
+
+class ExpertRow(_Expert):
     nearest: Neighbour | None
 
 
@@ -95,25 +99,34 @@ class LayerExperts(TypedDict):
     experts: list[ExpertRow]
 
 
+class Peer(TypedDict):
+    expert: int
+    tokens: int
+    share: float  # of the tokens that selected the expert
+
+
+class Coactivated(TypedDict):
+    """Of the newest tokens that the layer routed: how many there are, how many selected the expert, who else worked."""
+
+    window_tokens: int
+    tokens: int
+    peers: list[Peer]
+
+
 class PastDrift(TypedDict):
     version: int
     drift: float
     drift_of_radius: float | None  # null while a new expert settles: no radius holds it
 
 
-class Expert(TypedDict):
+class Expert(_Expert):
     endpoint: str
     layer: int
-    expert: int
     scope: str
     version: int
     plastic: bool
-    usage: Load
-    share: float
-    drift: float
-    drift_of_radius: float | None  # null while a new expert settles: no radius holds it
-    norm: float
     nearest: list[Neighbour]
+    coactivated: Coactivated
     history: list[PastDrift]
 
 

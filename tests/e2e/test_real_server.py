@@ -64,6 +64,8 @@ VARIANTS = ("some", "moe", "mom", "fm-moe", "dense")
 
 def test_a_stranger_gets_paris_from_every_endpoint_by_model_and_by_base_url(start):
     server = start()
+    for phase in ("import", "load", "listen"):
+        assert metric(server, "libration_startup_seconds", phase=phase) > 0
     for name in VARIANTS:
         assert "Paris" in text_of(server.chat(name, PARIS))
         for client, model in (

@@ -36,6 +36,7 @@ from server.engine.runner import EngineRunner
 from server.engine.scheduler import SchedulerConfig
 from server.engine.sequence import Sequence
 from server.expert_files import plastic_blocks
+from server.http_protocol import BoundedHttp
 from server.logs import JsonLines
 from server.metrics import Metrics
 from server.plasticity import Teacher
@@ -158,10 +159,12 @@ def serve(make_tiny, tokenizer, canary) -> Callable[..., contextmanager]:
         path: Path,
         scheduler: SchedulerConfig | None = None,
         kv_cache_tokens: int = 65_536,
+        prefix_cache_tokens: int = 4096,
         gravity: GravityConfig | None = None,
         guard: GuardConfig | None = None,
         learn_scope: str = "tenant",
         value_offsets: OffsetLimits | None = None,
+        versions_on_disk: int = 64,
         start: bool = True,
         **state: object,
     ) -> Iterator[Served]:
@@ -177,6 +180,7 @@ def serve(make_tiny, tokenizer, canary) -> Callable[..., contextmanager]:
             EmbeddedBackend(path / "keys.sqlite3"),
             num_experts_per_tok=2,
             plastic_layers=[2],
+            versions_on_disk=versions_on_disk,
             guard=guard and Guard(CanaryProbe(tiny.model, tiny.blocks, [2], canary()), guard),
         )
         made = Engine(
@@ -187,6 +191,7 @@ def serve(make_tiny, tokenizer, canary) -> Callable[..., contextmanager]:
             {"some": frozenset([2])},
             time.monotonic,
             metrics.observers(),
+            prefix_cache_tokens,
         )
         runner = EngineRunner(made, 1)
         teacher = Teacher(tiny.model, store, gravity, tiny.blocks, frozenset([2]))
@@ -245,7 +250,14 @@ def served(serve, tmp_path_factory) -> Iterator[Served]:
 @contextmanager
 def listening(app: FastAPI) -> Iterator[str]:
     config = uvicorn.Config(
-        app, port=0, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=5
+        app,
+        port=0,
+        http=BoundedHttp,
+        ws="none",
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        timeout_keep_alive=5,
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)

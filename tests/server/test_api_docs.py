@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from server import errors
+from server import errors, http_protocol
 from server.schemas.chat import ChatBody
 from server.schemas.completions import CompletionBody
 from server.schemas.tokens import DetokenizeBody, TokenizeBody
@@ -14,6 +14,9 @@ DOCS = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
 SPANS = " ".join(re.findall(r"`([^`\n]+)`", DOCS))
 CODES = {problem.code for _, problem in errors.TABLE} | {
     errors.INTERNAL.code,
+    http_protocol.NOT_HTTP.code,
+    http_protocol.TOO_LARGE.code,
+    http_protocol.TOO_SLOW.code,
     "draining",
     "method_not_allowed",
 }

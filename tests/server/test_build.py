@@ -115,6 +115,23 @@ def test_keys_are_guarded_unless_the_configuration_says_otherwise(built, tmp_pat
     assert ours.store.canary_readings()[ScopeId("global")].passed
 
 
+def test_servers_that_share_a_store_learn_the_global_scope_themselves(built, redis_server):
+    shared = {"backend": "redis", "url": redis_server.url}
+    parts, _ = built(
+        endpoints={"ours": {"variant": "some", "learn_scope": "global"}},
+        key_store=shared,
+        guard={"min_overlap": 0.0, "max_loss_increase": 100.0},
+    )
+    plasticity = parts.registry.get("ours").plasticity
+    plasticity.background.start()
+    try:
+        teach_globally(plasticity.store)
+        assert plasticity.store.view(ScopeId("global")).version == 1
+        assert plasticity.store.canary_readings()[ScopeId("global")].passed
+    finally:
+        plasticity.background.stop()
+
+
 def test_a_guard_that_is_off_reads_no_canary(built, tmp_path):
     guard = {"enabled": False, "canary_file": tmp_path / "no.txt"}
     parts, _ = built(endpoints={"ours": {"variant": "some", "learn_scope": "global"}}, guard=guard)

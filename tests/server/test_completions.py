@@ -30,7 +30,12 @@ def test_a_completion_has_openais_fields_and_ours(served):
     assert answer["model"] == "some"
     assert answer["system_fingerprint"] == "fp-test"
     assert answer["choices"][0]["finish_reason"] == "length"
-    assert answer["usage"] == {"prompt_tokens": 19, "completion_tokens": 12, "total_tokens": 31}
+    assert answer["usage"] == {
+        "prompt_tokens": 19,
+        "completion_tokens": 12,
+        "total_tokens": 31,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
     assert answer["libration"] == {
         "key_version": 0,
         "scope": "tenant:default",

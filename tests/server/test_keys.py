@@ -1,8 +1,12 @@
 """The key space over HTTP: what it shows, how it changes, what it announces."""
 
 import asyncio
+import base64
 import io
 import json
+import math
+import time
+from collections import Counter
 
 import httpx
 import numpy as np
@@ -62,10 +66,19 @@ def test_an_old_version_can_be_looked_at(served):
     refused(served.get("/v1/keys/some", params={"version": 99}), 409, "key_version_unavailable")
 
 
-@pytest.mark.parametrize("sort", ["expert", "usage", "drift", "norm", "distance"])
-def test_experts_are_sorted_and_paged(served, sort):
+def stop_the_clock(served, monkeypatch):
+    """From now on no time passes for the experts of layer 2; returns when it is."""
+    recent = served.state.registry.get("some").usage.recent[2]
+    now = time.monotonic()
+    monkeypatch.setattr(recent, "_clock", lambda: now)
+    return now
+
+
+@pytest.mark.parametrize("sort", ["expert", "usage", "drift", "norm", "distance", "idle"])
+def test_experts_are_sorted_and_paged(served, sort, monkeypatch):
     teach(served)
     path = "/v1/keys/some/layers/2"
+    stop_the_clock(served, monkeypatch)
     everything = served.get(path, params={"sort": sort}).json()["experts"]
     field = {
         "expert": lambda e: e["expert"],
@@ -73,6 +86,7 @@ def test_experts_are_sorted_and_paged(served, sort):
         "drift": lambda e: e["drift"],
         "norm": lambda e: e["norm"],
         "distance": lambda e: e["nearest"]["distance"],
+        "idle": lambda e: math.inf if e["idle_s"] is None else e["idle_s"],
     }[sort]
     values = [field(e) for e in everything]
     assert values == sorted(values, reverse=True)
@@ -99,6 +113,25 @@ def test_the_numbers_of_a_layer_are_those_of_its_keys(served):
         )
         assert row["drift_of_radius"] == pytest.approx(row["drift"] / 0.2)
         assert [row["usage"]["prefill"], row["usage"]["decode"]] == usage[:, e].tolist()
+
+
+def test_an_expert_is_idle_from_its_last_token_on(served, monkeypatch):
+    path = "/v1/keys/some/layers/2"
+    rows = served.get(path, params={"sort": "idle"}).json()["experts"]
+    assert [row["idle_s"] for row in rows] == [None] * 8, "nothing was routed yet"
+    usage = served.state.registry.get("some").usage
+    selected = []
+    for now in (100.0, 130.0):
+        monkeypatch.setattr(usage.recent[2], "_clock", lambda now=now: now)
+        before = usage.of_layer(2).sum(axis=0)
+        served.post("/v1/completions", {"model": "some", "prompt": str(now)[:2], "max_tokens": 1})
+        selected.append(set(np.flatnonzero(usage.of_layer(2).sum(axis=0) - before).tolist()))
+    first, second = selected
+    expected = dict.fromkeys(second, 0.0) | dict.fromkeys(first - second, 30.0)
+    assert 0 < len(expected) < 8
+    rows = served.get(path, params={"sort": "idle"}).json()["experts"]
+    assert {row["expert"]: row["idle_s"] for row in rows} == {e: expected.get(e) for e in range(8)}
+    assert rows[0]["idle_s"] is None
 
 
 def test_versions_are_listed_newest_first(served):
@@ -317,6 +350,27 @@ def test_a_pinned_version_answers_as_it_did(served):
     assert newest.headers["X-Key-Version"] == str(version)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_version_that_was_kept_once_expires(serve, tmp_path, stream):
+    body = {"model": "some", "prompt": "pinned", "max_tokens": 4, "key_version": 2, "stream": stream}
+    with serve(tmp_path, versions_on_disk=4) as served:
+        assert teach(served) >= 2
+        assert served.post("/v1/completions", body).headers["X-Key-Version"] == "2"
+        newest = teach(served, prompt=TEXT * 64)
+        response = served.post("/v1/completions", body)
+        refused(response, 409, "key_version_unavailable")
+        assert response.headers["x-should-retry"] == "false"
+        assert response.json()["error"]["param"] == "key_version"
+        for path in ("", "/layers/2", "/layers/2/experts/0", "/layers/2/projection"):
+            refused(served.get(f"/v1/keys/some{path}", params={"version": 2}), 409, "key_version_unavailable")
+        refused(served.post("/admin/keys/some/rollback", {"to_version": 2}), 409, "key_version_unavailable")
+        kept = [row["version"] for row in served.get("/v1/keys/some/versions").json()["data"]]
+        assert kept[:4] == [newest, newest - 1, newest - 2, newest - 3]
+        assert 2 not in kept
+        for version in (0, kept[-1], kept[3]):
+            assert served.post("/v1/completions", body | {"key_version": version}).status_code == 200
+
+
 def test_events_tell_new_versions_and_who_moved(served, listening):
     async def listen(url):
         async with (
@@ -417,6 +471,22 @@ def test_one_expert_is_shown_with_its_neighbours_and_history(served):
     assert shown["history"][0]["drift"] == pytest.approx(shown["drift"])
     limited = served.get(f"/v1/keys/some/layers/2/experts/{row['expert']}", params={"limit": 1}).json()
     assert limited["history"] == shown["history"][:1]
+
+
+def test_an_experts_peers_are_those_that_worked_on_the_same_tokens(served):
+    body = {"model": "some", "prompt": TEXT * 2, "max_tokens": 4, "ignore_eos": True}
+    answer = served.post("/v1/completions", body | {"return_routed_experts": True}).json()
+    routed = np.load(io.BytesIO(base64.b64decode(answer["choices"][0]["routed_experts"])))[:, 1]
+    for expert in range(8):
+        shared = routed[(routed == expert).any(axis=1)]
+        others = Counter(shared[shared != expert].tolist())
+        shown = served.get(f"/v1/keys/some/layers/2/experts/{expert}").json()["coactivated"]
+        assert shown["window_tokens"] == len(routed)
+        assert shown["tokens"] == len(shared)
+        assert {peer["expert"]: peer["tokens"] for peer in shown["peers"]} == others
+        counts = [peer["tokens"] for peer in shown["peers"]]
+        assert counts == sorted(counts, reverse=True)
+        assert all(peer["share"] == peer["tokens"] / len(shared) for peer in shown["peers"])
 
 
 @pytest.mark.parametrize(

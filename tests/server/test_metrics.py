@@ -5,15 +5,22 @@ from dataclasses import replace
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from server.metrics import Metrics
+from server.settings import MetricsSettings
+
 BODY = {"model": "some", "prompt": "count my tokens", "max_tokens": 9, "ignore_eos": True}
 
 
 def samples(served) -> dict:
     page = served.get("/metrics")
     assert page.headers["content-type"].startswith("text/plain; version=0.0.4")
+    return parsed(page.text)
+
+
+def parsed(page) -> dict:
     return {
         (sample.name.removeprefix("libration_"), tuple(sorted(sample.labels.items()))): sample.value
-        for family in text_string_to_metric_families(page.text)
+        for family in text_string_to_metric_families(page)
         for sample in family.samples
     }
 
@@ -116,6 +123,52 @@ def test_expert_detail_is_left_out_above_the_limit(used, monkeypatch):
     detailed = {dict(labels)["model"] for name, labels in found if name == "expert_tokens_total"}
     assert detailed == {"mom", "fm-moe"}
     assert any(name == "layer_routed_tokens_total" for name, _ in found)
+
+
+@pytest.mark.parametrize(("detail", "limit", "shown"), [("always", 0, True), ("never", 10**6, False)])
+def test_expert_detail_is_shown_as_configured(used, monkeypatch, detail, limit, shown):
+    monkeypatch.setattr("server.metrics_experts.EXPERT_DETAIL_LIMIT", limit)
+    metrics = Metrics()
+    metrics.watch(used.state.registry, "0", MetricsSettings(expert_detail=detail))
+    names = {name for name, _ in parsed(metrics.page().decode())}
+    assert ("expert_tokens_total" in names) is shown
+    assert "layer_routed_tokens_total" in names
+
+
+def test_vllms_names_tell_the_same_figures_when_asked_for(used):
+    assert not any(name.startswith("vllm:") for name, _ in samples(used))
+    metrics = Metrics()
+    metrics.watch(used.state.registry, "0", MetricsSettings(compat="vllm"))
+    metrics.observers().first_token("some", 0.02)
+    used.engine.counters.finished["some", "cancelled"] += 1
+    found = parsed(metrics.page().decode())
+    for theirs, ours in (("prompt_tokens", "prompt_tokens"), ("generation_tokens", "generation_tokens")):
+        told = value(found, f"vllm:{theirs}_total", model_name="some")
+        assert told == value(found, f"{ours}_total", model="some") > 0
+    succeeded = value(found, "vllm:request_success_total", model_name="some", finished_reason="length")
+    assert succeeded == value(found, "request_finished_total", model="some", reason="length") > 0
+    assert not any("cancelled" in dict(labels).values() for name, labels in found if "vllm" in name)
+    assert value(found, "vllm:num_requests_running", model_name="some") == 0
+    assert value(found, "vllm:kv_cache_usage_perc") == 0
+    assert value(found, "vllm:time_to_first_token_seconds_bucket", model_name="some", le="0.025") == 1
+    assert value(found, "vllm:time_to_first_token_seconds_count", model_name="some") == 1
+
+
+def test_what_the_storage_takes_is_counted_by_operation(serve, tmp_path):
+    with serve(tmp_path) as served:
+        assert (
+            value(samples(served), "store_operation_duration_seconds_count", model="some", op="commit") == 0
+        )
+        served.post("/v1/completions", BODY | {"prompt": "learn this " * 20})
+        published = served.post("/admin/keys/some/consolidate").json()["published"]
+        served.post("/admin/keys/some/reset")
+        found = samples(served)
+        commits = value(found, "store_operation_duration_seconds_count", model="some", op="commit")
+        assert 2 <= commits <= len(published) + 1
+        assert value(found, "store_operation_duration_seconds_sum", model="some", op="commit") > 0
+        assert (
+            value(found, "store_operation_duration_seconds_bucket", model="some", op="load", le="+Inf") == 0
+        )
 
 
 def test_two_applications_share_no_metrics(serve, tmp_path, used):

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from server.engine.engine import _compact
+from model.transformer import Segment
+from server.engine.segments import routed_rows
 
 VARIANTS = ("some", "moe", "mom", "fm-moe")
 PROMPT = "How many roads must a man walk down, before you call him a man? The answer is"
@@ -141,10 +142,11 @@ def test_the_base_has_none(served):
 
 def test_more_than_256_experts_take_two_bytes(served):
     variant = served.engine.variants["moe"]
-    many = replace(variant, usage=type(variant.usage)([1, 2], 300))
+    many = replace(variant, usage=type(variant.usage)([1, 2], 300, 2))
     ids = [np.array([[299, 3]]), np.array([[0, 256]])]
-    assert _compact(ids, many).dtype == np.uint16
-    assert _compact(ids, many).tolist() == [[[299, 3], [0, 256]]]
+    rows = routed_rows(Segment([5], 0, served.engine.cache.reserve(0), many, routed=ids))
+    assert rows.dtype == np.uint16
+    assert rows.tolist() == [[[299, 3], [0, 256]]]
 
 
 def test_nothing_is_left_running(served, wait_until):

@@ -52,16 +52,7 @@ def test_the_command_line_beats_the_environment_beats_the_file_beats_the_default
             "[key_store]\nbackend = 'redis'\nurl = 'redis://a'\npassword = 'x'\npassword_file = 'y'",
             "either 'password' or",
         ),
-        (
-            "[key_store]\nbackend = 'redis'\nurl = 'redis://a'\nsession_eviction = 'discard'",
-            "sessions expire",
-        ),
         ("[key_store]\nbackend = 'redis'\nurl = 'redis://a'\nshards = 0", "key_store.shards"),
-        (
-            "[key_store]\nbackend = 'redis'\nurl = 'redis://a'\n[endpoints.a]\nvariant = 'some'\n"
-            "learn_scope = 'global'",
-            "endpoints a",
-        ),
         ("[worker]\nlease_s = 0", "worker.lease_s"),
         ("[feedback]\nkeep_s = 0", "feedback.keep_s"),
         ("[feedback]\nkeep_answers = 0", "feedback.keep_answers"),
