@@ -14,6 +14,9 @@ COPY model ./model
 COPY server ./server
 RUN /opt/build/bin/pip wheel --no-deps --no-build-isolation --wheel-dir dist . \
     && pip install --no-deps dist/*.whl
+WORKDIR /
+# For the processor of the machine that builds; another one compiles in memory at every start.
+RUN python -m model.native
 
 FROM python:3.11-slim-bookworm
 COPY --from=build /opt/libration /opt/libration
