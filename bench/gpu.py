@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from platformdirs import user_data_path
-from profile_step import sequences
+from profile_step import WAITING, sequences
 from torch import Tensor
 
 from model.blocks.base import ExpertUsage
@@ -78,7 +78,7 @@ def step_seconds(
     steps: int,
 ) -> float:
     """The median step once all streams write."""
-    room = streams * (context + steps + WARM_UP + 64)
+    room = streams * (context + steps + WARM_UP + WAITING + 64)
     scheduler = SchedulerConfig(max_running=streams, step_tokens=8192)
     nobody = Observers(*[lambda endpoint, seconds: None] * 4)
     variants = {name: variant} if variant else {}

@@ -72,6 +72,7 @@ class Parts:
 
 
 def sequences(count: int, variant: str, keys: Any, context: int, steps: int) -> list[Sequence]:
+    """They write `steps` tokens once all of them write, and up to WAITING before."""
     return [
         Sequence(
             sequence_id=str(i),
