@@ -6,7 +6,14 @@ from typing import Any
 import click
 
 from server.cli_settings import checked_settings, errors_shown
-from server.cli_train import DATA_DIR_OPTION, DEVICE_OPTION, SEED_OPTION, THREADS_OPTION
+from server.cli_train import (
+    DATA_DIR_OPTION,
+    DEVICE_OPTION,
+    RUN_OPTION,
+    SEED_OPTION,
+    STEPS_OPTION,
+    THREADS_OPTION,
+)
 
 
 @click.command()
@@ -40,7 +47,7 @@ from server.cli_train import DATA_DIR_OPTION, DEVICE_OPTION, SEED_OPTION, THREAD
 @click.option(
     "--key-size", default=96, show_default=True, type=click.IntRange(8, 65_536), help="Numbers in a key."
 )
-@click.option("--steps", type=click.IntRange(min=1), help="Default: until the text was seen three times.")
+@STEPS_OPTION
 @click.option(
     "--learning-rate",
     default=4e-3,
@@ -48,11 +55,7 @@ from server.cli_train import DATA_DIR_OPTION, DEVICE_OPTION, SEED_OPTION, THREAD
     type=click.FloatRange(min=0, min_open=True),
     help="Of AdamW.",
 )
-@click.option(
-    "--run",
-    type=click.Path(path_type=Path),
-    help="Folder to go on from when interrupted (default: beside --out).",
-)
+@RUN_OPTION
 @SEED_OPTION
 @DEVICE_OPTION
 @THREADS_OPTION

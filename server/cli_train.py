@@ -16,6 +16,15 @@ DATA_DIR_OPTION = click.option(
 SEED_OPTION = click.option(
     "--seed", default=2026, show_default=True, type=click.IntRange(min=0), help="Of all that is random."
 )
+# Of what is trained on a person's own text.
+STEPS_OPTION = click.option(
+    "--steps", type=click.IntRange(min=1), help="Default: until the text was seen three times."
+)
+RUN_OPTION = click.option(
+    "--run",
+    type=click.Path(path_type=Path),
+    help="Folder to go on from when interrupted (default: beside --out).",
+)
 
 
 @click.group()
@@ -126,7 +135,7 @@ for _name in VARIANTS:
     type=click.IntRange(min=0),
     help="May be given several times (default: the layers whose keys move by default).",
 )
-@click.option("--steps", type=click.IntRange(min=1), help="Default: until the text was seen three times.")
+@STEPS_OPTION
 @click.option(
     "--learning-rate",
     default=5e-3,
@@ -135,11 +144,7 @@ for _name in VARIANTS:
     help="Of AdamW.",
 )
 @click.option("--with-keys", is_flag=True, help="Also write where they were found in training.")
-@click.option(
-    "--run",
-    type=click.Path(path_type=Path),
-    help="Folder to go on from when interrupted (default: beside --out).",
-)
+@RUN_OPTION
 @SEED_OPTION
 @DEVICE_OPTION
 @THREADS_OPTION

@@ -14,6 +14,7 @@ from model.checkpoints.load import BaseModel, find_base_file, load_base
 from model.training.chat import conversations
 from model.training.data import build, load, save
 from model.training.evaluate import prompt_speeds, summarize, window_losses
+from model.training.folder import FolderText, read_folder
 from model.training.loop import TrainingConfig, train
 from model.training.report import VariantReport, draw_curve, draw_losses, markdown_table
 from model.training.sweep import choose_learning_rate
@@ -21,6 +22,7 @@ from model.training.variants import VARIANTS
 
 MEASURING_TOKENS = {"validation": 8_192, "heldout": 12_288}
 CHAT_MEASURING_TOKENS = 6_144
+OWN_TEXT_EPOCHS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +127,22 @@ def _blocks_to_measure(
 def _build_chat(base: BaseModel, data: Path, split: str, tokens: int) -> None:
     if tokens and not (data / f"chat-{split}.npz").is_file():
         save(data, split, conversations(base.transformer, base.tokenizer, split, tokens))
+
+
+def read_own_text(folder: Path, base: BaseModel) -> FolderText:
+    """A person's own text, and a line about it. Raises TrainingDataMissing."""
+    text = read_folder(folder, base.tokenizer, base.transformer.config.eos_token_id)
+    passed_over = f"; {text.passed_over} files are no UTF-8 text" if text.passed_over else ""
+    click.echo(f"{len(text.train)} windows to train on, {len(text.heldout)} held out{passed_over}")
+    return text
+
+
+def own_text_training(steps: int | None, learning_rate: float, seed: int) -> TrainingConfig:
+    """So many steps on a person's own text; None: until it was seen OWN_TEXT_EPOCHS times."""
+    epochs = OWN_TEXT_EPOCHS if steps is None else steps
+    return TrainingConfig(
+        epochs=epochs, max_steps=steps, warmup_steps=5, learning_rate=learning_rate, seed=seed
+    )
 
 
 def open_base(data_dir: Path, device: str, threads: int) -> BaseModel:

@@ -13,10 +13,10 @@ from model.checkpoints.load import load_checkpoint
 from model.config import ModelConfig
 from model.errors import UnsupportedConfig
 from model.training.evaluate import window_losses
-from model.training.folder import WINDOW, read_folder
-from model.training.loop import TrainingConfig, train
+from model.training.folder import WINDOW
+from model.training.loop import train
+from server import offline
 
-EPOCHS = 3
 MOST_LAYERS = 4  # that get blocks when none are named
 
 
@@ -53,13 +53,8 @@ def adapt(job: AdaptJob, data_dir: Path, device: str, threads: int) -> None:
             f"{job.model} reads {model.config.max_position_embeddings} tokens at once; allowed: {WINDOW} or more"
         )
     config = _blocks_for(model.config, job)
-    text = read_folder(job.text, base.tokenizer, model.config.eos_token_id)
-    passed_over = f"; {text.passed_over} files are no UTF-8 text" if text.passed_over else ""
-    click.echo(f"{len(text.train)} windows to train on, {len(text.heldout)} held out{passed_over}")
-    training = TrainingConfig(
-        epochs=EPOCHS if job.steps is None else job.steps, max_steps=job.steps, warmup_steps=5,
-        learning_rate=job.learning_rate, seed=job.seed,
-    )  # fmt: skip
+    text = offline.read_own_text(job.text, base)
+    training = offline.own_text_training(job.steps, job.learning_rate, job.seed)
     run = job.run or job.out.with_name(f"{job.out.name}.run")
     blocks = train(model, config, training, {text.train.domain: text.train}, run, run / "lower")
     losses = window_losses(model, {"without": {}, "with": blocks}, {text.heldout.domain: text.heldout})

@@ -10,12 +10,8 @@ from model.blocks.some import SomeBlock
 from model.checkpoints.blocks import load_blocks, shipped_folder
 from model.checkpoints.experts import write_experts
 from model.errors import CheckpointError, UnsupportedConfig
-from model.training.folder import read_folder
-from model.training.loop import TrainingConfig
 from model.training.new_experts import train_experts
 from server import offline
-
-EPOCHS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +42,8 @@ def train_new_experts(job: ExpertsJob, data_dir: Path, device: str, threads: int
     layers = job.layers or folder.config.layers[len(folder.config.layers) // 2 :]
     if unknown := sorted(set(layers) - blocks.keys()):
         raise UnsupportedConfig(f"--layer {unknown} has no block; allowed: {list(blocks)}")
-    text = read_folder(job.domain, base.tokenizer, model.config.eos_token_id)
-    passed_over = f"; {text.passed_over} files are no UTF-8 text" if text.passed_over else ""
-    click.echo(f"{len(text.train)} windows to train on, {len(text.heldout)} held out{passed_over}")
-    config = TrainingConfig(
-        epochs=EPOCHS if job.steps is None else job.steps, max_steps=job.steps, warmup_steps=5,
-        learning_rate=job.learning_rate, seed=job.seed,
-    )  # fmt: skip
+    text = offline.read_own_text(job.domain, base)
+    config = offline.own_text_training(job.steps, job.learning_rate, job.seed)
     run = job.run or job.out.with_name(f"{job.out.name}.run")
     trained = train_experts(model, blocks, tuple(layers), job.count, config, text.train, text.heldout, run)
     write_experts(job.out, trained.matrices, trained.keys if job.with_keys else {})

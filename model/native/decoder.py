@@ -1,6 +1,5 @@
 """The base's quantised weights, and the way of written rows through them (model.native.decode)."""
 
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from model.kv_cache import SequenceCache
 from model.native.attention import scratch_size
 from model.native.decode import work
 from model.native.embedding import look_up
-from model.native.sharing import Helpers, new_board
+from model.native.sharing import Helpers
 from model.native.tiles import GROUP
 
 MATRICES = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
@@ -48,7 +47,6 @@ class Decoder:
         self._rope = (rope[0].numpy(), rope[1].numpy(), np.float32(config.rms_norm_eps))
         self._heads = (config.num_attention_heads, config.num_key_value_heads)
         self._helpers = Helpers(work)
-        self._helping = threading.Lock()
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """The residual stream's start: token ids (T) int64 -> (T, H) float32."""
@@ -78,7 +76,7 @@ class Decoder:
     def _run(
         self, first: int, last: int, hidden: Tensor, positions: Any, caches: Any, logits: Tensor
     ) -> None:
-        """One call of `work`, beside which the helpers follow unless they are busy with another."""
+        """One call of `work`."""
         job = (
             hidden.numpy(),
             (positions, caches),
@@ -88,16 +86,7 @@ class Decoder:
             self._rope,
             *self._heads,
         )
-        board, threads = new_board(), torch.get_num_threads()
-        free = threads > 1 and self._helping.acquire(blocking=False)
-        try:
-            if free:
-                self._helpers.call(threads - 1, (board, False, 0, 0, *job))
-            work(board, True, first, last, *job)
-        finally:
-            if free:
-                self._helpers.learn(board)
-                self._helping.release()
+        self._helpers.lead(first, last, job)
 
     def room(self, rows: int, positions: int) -> tuple[Any, ...]:
         """Arrays that are written between the products: quantised rows, outputs, values before they are quantised."""

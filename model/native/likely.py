@@ -8,7 +8,6 @@ what bfloat16 rounds away (docs/gravity.md). T rows, H hidden, V vocabulary.
 # pyright: reportUntypedFunctionDecorator=false, reportUnknownParameterType=false, reportMissingParameterType=false
 
 import math
-import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -18,6 +17,7 @@ from numba import njit
 from torch import Tensor
 
 from model.native.rows import SUMS, exp
+from model.native.sharing import unbind
 from model.native.simd import LANES, float_of_bits
 
 LEAST = np.float32(-14 * math.log(2))  # log-probability below which a token is one of the rest: p = 6.1e-5
@@ -90,7 +90,7 @@ class LikelyHead:
         """norm (H): of the final state; head (V, H)."""
         self._norm, self._eps, self._head = norm.float(), eps, head
         self._mean = head.mean(0, dtype=torch.float32)
-        self._helper = ThreadPoolExecutor(1, "credit", _unbind)
+        self._helper = ThreadPoolExecutor(1, "credit", unbind)
 
     def gradient(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Derivative (T, H) float32 of each token's loss by its hidden state (T, H) before the final norm.
@@ -121,8 +121,3 @@ class LikelyHead:
 
 def _bits(tensor: Tensor) -> np.ndarray[tuple[int, int], np.dtype[np.uint16]]:
     return tensor.view(torch.int16).numpy().view(np.uint16)
-
-
-def _unbind() -> None:
-    """The thread that starts another may be bound to one processor; the process is not."""
-    os.sched_setaffinity(0, os.sched_getaffinity(os.getpid()))

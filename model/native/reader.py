@@ -1,6 +1,5 @@
 """The way of prompt rows through the base's quantised weights (model.native.reading)."""
 
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from model.config import ModelConfig
 from model.kv_cache import SequenceCache
 from model.native.halves import WIDTH
 from model.native.reading import read
-from model.native.sharing import Helpers, new_board
+from model.native.sharing import Helpers
 from model.native.simd import LANES
 
 BLOCK = 24  # rows of a prompt that attend together
@@ -35,7 +34,6 @@ class Reader:
         self._matrices = matrices
         self._rope = (rope[0].numpy(), rope[1].numpy(), np.float32(config.rms_norm_eps))
         self._helpers = Helpers(read)
-        self._helping = threading.Lock()
 
     def halves(
         self, first: int, last: int, hidden: Tensor, place: tuple[Any, ...], room: tuple[Any, ...]
@@ -46,16 +44,7 @@ class Reader:
         """
         heads = (self._config.num_attention_heads, self._config.num_key_value_heads)
         job = (hidden.numpy(), place, self._matrices, room, self._rope, *heads)
-        board, threads = new_board(), torch.get_num_threads()
-        free = threads > 1 and self._helping.acquire(blocking=False)
-        try:
-            if free:
-                self._helpers.call(threads - 1, (board, False, 0, 0, *job))
-            read(board, True, first, last, *job)
-        finally:
-            if free:
-                self._helpers.learn(board)
-                self._helping.release()
+        self._helpers.lead(first, last, job)
 
     def plan(
         self, spans: Sequence[tuple[int, int, SequenceCache]]

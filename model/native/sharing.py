@@ -15,6 +15,7 @@ from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
+import torch
 from numba import njit, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
@@ -123,16 +124,36 @@ def close(board):
 
 
 class Helpers:
-    """Threads that follow when they are called, each one call after another."""
+    """Threads that follow when they are called, each one call after another.
+
+    `follow(board, leads, first, last, *job)` returns when all is done, or, unless it leads, when it is sent home.
+    """
 
     def __init__(self, follow: Callable[..., None]):
         self._follow = follow
+        self._helping = threading.Lock()
         self._calls: list[SimpleQueue[tuple[Any, ...]]] = []
         self._alone = self._next_alone = (
             0  # calls to be done alone: now, and after the next time that one is late
         )
 
-    def call(self, count: int, arguments: tuple[Any, ...]) -> None:
+    def lead(self, first: int, last: int, job: tuple[Any, ...]) -> None:
+        """Do the job on the calling thread, beside which the helpers follow unless they are busy with another.
+
+        As many threads work as torch has at the time.
+        """
+        board, threads = np.zeros(3, np.int64), torch.get_num_threads()
+        free = threads > 1 and self._helping.acquire(blocking=False)
+        try:
+            if free:
+                self._call(threads - 1, (board, False, 0, 0, *job))
+            self._follow(board, True, first, last, *job)
+        finally:
+            if free:
+                self._learn(board)
+                self._helping.release()
+
+    def _call(self, count: int, arguments: tuple[Any, ...]) -> None:
         """Let `count` threads run `follow(*arguments)`, none of which is waited for; nobody shortly after a delay."""
         if self._alone:
             self._alone -= 1
@@ -144,7 +165,7 @@ class Helpers:
         for calls in self._calls[:count]:
             calls.put(arguments)
 
-    def learn(self, board: Board) -> None:
+    def _learn(self, board: Board) -> None:
         """From how a call went: whether somebody was late."""
         if board[LATE // 8]:
             self._alone = self._next_alone = min(max(8, 2 * self._next_alone), MOST_CALLS_ALONE)
@@ -152,11 +173,11 @@ class Helpers:
             self._next_alone = max(0, self._next_alone - 1)
 
     def _run(self, calls: "SimpleQueue[tuple[Any, ...]]") -> None:
-        # The thread that started this one may be bound to one processor (docs/performance.md); the process is not.
-        os.sched_setaffinity(0, os.sched_getaffinity(os.getpid()))
+        unbind()
         while True:
             self._follow(*calls.get())
 
 
-def new_board() -> Board:
-    return np.zeros(3, np.int64)
+def unbind() -> None:
+    """For a new thread: the one that started it may be bound to one processor (docs/performance.md); the process is not."""
+    os.sched_setaffinity(0, os.sched_getaffinity(os.getpid()))
