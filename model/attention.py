@@ -109,7 +109,7 @@ def _attend_one(
         result = F.scaled_dot_product_attention(
             grouped, layer_keys.narrow(1, 0, end).unsqueeze(0), layer_values.narrow(1, 0, end).unsqueeze(0)
         )
-        attended[row].copy_(result.view(num_query_heads, head_dim))
+        attended[row].copy_(result.reshape(num_query_heads, head_dim))
         return
     rows = slice(row, row + length)
     layer_keys[:, start:end] = key[rows].transpose(0, 1)

@@ -57,7 +57,9 @@ def upload(
     device: torch.device,
 ) -> Tensor:
     """Numbers as a tensor of the device; work that is queued there goes on."""
-    host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    host = torch.tensor(values, dtype=dtype)
+    if device.type == "cuda":
+        host = host.pin_memory()
     return host.to(device, non_blocking=True)
 
 

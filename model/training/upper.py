@@ -32,7 +32,7 @@ def lower_states(
     Blocks `below` that layer take part as they were trained.
     """
     with torch.inference_mode():
-        hidden, at = model.embed(tokens), -1
+        hidden, at = model.embed(tokens.to(model.device)), -1
         for layer in sorted(below):
             hidden = run_layers(model, hidden, at + 1, layer + 1)
             hidden = hidden + below[layer](hidden)[0]

@@ -57,5 +57,6 @@ def test_training_on_a_gpu_lowers_the_loss(on_gpu, tmp_path, kind):
     windows = {"doubling": WindowSet("doubling", tokens, np.arange(40, dtype=np.int32))}
     config = TrainingConfig(windows_per_step=4, learning_rate=3e-2, warmup_steps=2, epochs=4)
     train(there.model, there.blocks[1].config, config, windows, tmp_path / "run", tmp_path / "lower")
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "curve.jsonl").open()]
+    curve = (tmp_path / "run" / "curve.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss"] for line in curve]
     assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
