@@ -1,4 +1,7 @@
-"""One thread that does pieces of work in turn, at the lowest priority, so that nothing else waits for them."""
+"""One thread that does pieces of work in turn, at the lowest priority, so that nothing else waits for them.
+
+A piece weighs as many tokens as it is about: that is what it keeps in memory while it waits.
+"""
 
 import logging
 import os
@@ -10,32 +13,39 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-MAX_WAITING = 64  # pieces of work
+MAX_WAITING_TOKENS = 8192  # 13 KB each with the shipped blocks
 NICENESS = 19
 
 
 class BackgroundWork:
-    """Does one piece of work after another in a thread at low priority; refuses what does not fit its queue.
+    """Does one piece of work after another in a thread at low priority, behind a bounded queue.
 
     `failed` is called for every piece that raised.
     """
 
     def __init__(self, failed: Callable[[], None]) -> None:
         self._failed = failed
-        self._waiting: deque[Callable[[], None]] = deque()
+        self._waiting: deque[tuple[Callable[[], None], int]] = deque()
+        self._waiting_tokens = 0
         self._changed = threading.Condition()
         self._busy = self._stopping = False
         self._thread = threading.Thread(target=self._run, name="credit", daemon=True)
         self._thread.start()
 
-    def put(self, work: Callable[[], None]) -> bool:
-        """Queue it, without blocking; False when the queue is full or closed."""
+    def put(self, work: Callable[[], None], tokens: int, *, wait: bool = False) -> bool:
+        """Queue it. False when the queue is closed, or full and nobody wants to `wait` until there is room."""
         with self._changed:
-            if self._stopping or len(self._waiting) >= MAX_WAITING:
+            if wait:
+                self._changed.wait_for(lambda: self._stopping or self._fits(tokens))
+            if self._stopping or not self._fits(tokens):
                 return False
-            self._waiting.append(work)
+            self._waiting.append((work, tokens))
+            self._waiting_tokens += tokens
             self._changed.notify_all()
             return True
+
+    def _fits(self, tokens: int) -> bool:
+        return not self._waiting or self._waiting_tokens + tokens <= MAX_WAITING_TOKENS
 
     def drain(self, timeout_s: float) -> bool:
         """Wait until all work is done; False when time ran out."""
@@ -48,6 +58,7 @@ class BackgroundWork:
             self._stopping = True
             undone = len(self._waiting)
             self._waiting.clear()
+            self._waiting_tokens = 0
             self._changed.notify_all()
         self._thread.join()
         return undone
@@ -60,8 +71,10 @@ class BackgroundWork:
                 self._changed.wait_for(lambda: self._waiting or self._stopping)
                 if self._stopping:
                     return
-                work = self._waiting.popleft()
+                work, tokens = self._waiting.popleft()
+                self._waiting_tokens -= tokens
                 self._busy = True
+                self._changed.notify_all()
             try:
                 work()
             except Exception:

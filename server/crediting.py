@@ -1,7 +1,7 @@
 """From a lesson to what each of its tokens says about each expert: plain selections, or credit.
 
-`direct` credit is cheap and computed where the lesson arrives; `gradient` credit runs the upper layers once more,
-forward and backward, in a thread of its own at low priority, so that no token waits for it.
+`direct` credit reads the output head once more, `gradient` credit the upper layers, forward and backward. Both are computed
+in a thread of their own at low priority, so that no token waits for them.
 T tokens, K selected experts, C candidates, D key size.
 """
 
@@ -104,7 +104,7 @@ def direct_gradient(model: Transformer, lesson: Lesson) -> torch.Tensor:
         hidden = torch.cat([each.hidden for each in alike])
         gradients = loss_gradient(model, hidden, torch.cat([each.targets for each in alike]))
         for each, rows in zip(alike, gradients.split([len(a.targets) for a in alike]), strict=True):
-            each.gradient = rows
+            each.gradient, each.beside = rows, ()
     assert lesson.gradient is not None, lesson.sequence.sequence_id
     return lesson.gradient
 
@@ -193,6 +193,7 @@ class Crediting:
             visible_ids=None if visible is None else torch.from_numpy(visible).to(gradient.device),
             settling_ids=settling.get(layer, NO_EXPERTS),
             offsets=None if lesson.offsets is None else lesson.offsets.get(layer),
+            dtype=self._model.dtype,
         )
 
 
@@ -221,9 +222,10 @@ def credited_rows(
     visible_ids: torch.Tensor | None = None,
     settling_ids: Int64Array | None = None,
     offsets: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> LayerRows:
     """Credit of the leading tokens that `gradient` (T, H) is for, and the utility of settling experts, if any."""
-    credit = expert_credit(block, keys, trace, gradient, candidates, visible_ids, offsets)
+    credit = expert_credit(block, keys, trace, gradient, candidates, visible_ids, offsets, dtype)
     rows = replace(
         plain_rows(trace, len(gradient), reward),
         candidate_ids=credit.expert_ids.numpy(force=True),
@@ -231,7 +233,8 @@ def credited_rows(
     )
     if settling_ids is None or not len(settling_ids):
         return rows
-    utility = expert_utility(block, trace, gradient, torch.from_numpy(settling_ids).to(gradient.device))
+    ids = torch.from_numpy(settling_ids).to(gradient.device)
+    utility = expert_utility(block, trace, gradient, ids, dtype)
     return replace(rows, settling_ids=settling_ids, utility=utility.numpy(force=True))
 
 

@@ -8,6 +8,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -56,7 +57,8 @@ class Teacher:
     """Collects what prompts teach, scope by scope, and gives whole windows to the key store.
 
     A window is a number of tokens: where requests, chunks or batches began and ended leaves no mark on it.
-    Lessons come from the engine thread; `gradient` credit is computed in a thread of its own, which `close` ends.
+    Lessons come from the engine thread; their credit is computed in a thread of its own, which `close` ends. When that
+    falls behind, lessons of `gradient` credit are dropped and counted, and for `direct` credit the engine waits.
     """
 
     def __init__(
@@ -81,12 +83,12 @@ class Teacher:
         self._lock = threading.RLock()
         store.news.deleted.add(self.discard)
         store.news.replaced.add(self.discard)
-        self.background = BackgroundWork(self._count_failed) if gravity.rule == "gradient" else None
+        self.background = None if gravity.rule == "literal" else BackgroundWork(self._count_failed)
 
     @property
     def credits_whole_prompts(self) -> bool:
         """Whether a prompt's lessons must begin at its first token: `gradient` credit goes through all of it."""
-        return self.background is not None
+        return self._gravity.rule == "gradient"
 
     def lesson_taker(self, scope: ScopeId) -> Callable[[Lesson], None]:
         """What a sequence of this scope, which has pinned its keys, hands its prompt chunks to."""
@@ -126,10 +128,12 @@ class Teacher:
     def credit(
         self, scope: ScopeId, lesson: Lesson, reward: float, then: Callable[[RowsByLayer | None], None]
     ) -> None:
-        """Hand the lesson's rows to `then`: now or, with gradient credit, in their turn; None if dropped and counted."""
+        """Hand the lesson's rows to `then`: in their turn, the literal rule's now; None if dropped and counted."""
         if self.background is None:
             then(self._crediting.rows(lesson, reward, self._store.experts.settling_ids(scope)))
-        elif not self.background.put(lambda: then(self._rows_in_turn(scope, lesson, reward))):
+            return
+        work = partial(self._credit_in_turn, scope, lesson, reward, then)
+        if not self.background.put(work, len(lesson.targets), wait=self._gravity.rule == "direct"):
             self._store.count_dropped("credit_behind")
             then(None)
 
@@ -206,6 +210,11 @@ class Teacher:
             traces[layer] = rows.cut(slice(tokens)).trace(self._gravity, self._anchor_norms[layer], experts)
         window.tokens -= tokens
         return traces
+
+    def _credit_in_turn(
+        self, scope: ScopeId, lesson: Lesson, reward: float, then: Callable[[RowsByLayer | None], None]
+    ) -> None:
+        then(self._rows_in_turn(scope, lesson, reward))
 
     def _rows_in_turn(self, scope: ScopeId, lesson: Lesson, reward: float) -> RowsByLayer | None:
         try:

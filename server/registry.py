@@ -279,8 +279,8 @@ class Endpoint:
             return session, None
 
         def teach_both(lesson: Lesson) -> None:
-            teach(lesson)
             held.take(session, lesson)
+            teach(lesson)
 
         return session, teach_both
 

@@ -79,6 +79,7 @@ class Experts(nn.Module):
         name, shape = last
         self.register_parameter(name, nn.Parameter(torch.zeros(num_experts, *shape)))
         self._unbound: tuple[Stacked, tuple[tuple[Tensor, ...], ...]] | None = None
+        self._converted: tuple[Stacked, torch.dtype, tuple[Tensor, ...]] | None = None
 
     @property
     def num_experts(self) -> int:
@@ -135,15 +136,26 @@ class Experts(nn.Module):
     def run(rows: Tensor, *matrices: Tensor) -> Tensor:
         """One expert: rows (n, H) and its own matrices in the order of `shapes` -> (n, H)."""
 
-    def alignments(self, rows: Tensor, directions: Tensor) -> Tensor:
-        """y_e . d of every expert's output with each row's direction: rows, directions (T, H) -> (T, E).
+    def alignments(self, rows: Tensor, directions: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """y_e . d of every expert's output with each row's direction: rows, directions (T, H) -> (T, E) float32.
 
-        Two products over all experts at once; no output (T, E, H) is ever made.
+        Two products over all experts at once, taken in `dtype`; no output (T, E, H) is ever made.
         """
-        *inner, last = self.parameters()
-        activations = self.activate(*(F.linear(rows, matrix.flatten(0, 1)) for matrix in inner))  # (T, E * F)
-        projected = directions @ last.transpose(0, 1).flatten(1)  # (T, E * F)
-        return (activations * projected).unflatten(1, (len(last), -1)).sum(-1)
+        *inner, last = self._side_by_side(dtype)
+        activations = self.activate(*(F.linear(rows.to(dtype), matrix) for matrix in inner))  # (T, E * F)
+        projected = directions.to(dtype) @ last  # (T, E * F)
+        return (activations * projected).unflatten(1, (self.num_experts, -1)).sum(-1, dtype=torch.float32)
+
+    def _side_by_side(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Inner matrices (E * F, H) and the last (H, E * F). Frozen ones of another type are converted once."""
+        stacked = self.stacked
+        if self._converted is not None and self._converted[0] is stacked and self._converted[1] is dtype:
+            return self._converted[2]
+        *inner, last = (matrix.to(dtype) for matrix in stacked.values())
+        flat = (*(matrix.flatten(0, 1) for matrix in inner), last.transpose(0, 1).flatten(1))
+        if all(matrix.dtype != dtype and not matrix.requires_grad for matrix in stacked.values()):
+            self._converted = stacked, dtype, flat
+        return flat
 
     @staticmethod
     @abstractmethod

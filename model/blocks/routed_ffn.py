@@ -37,8 +37,8 @@ class StoredExperts(SwigluExperts):
     def forward(self, rows: Tensor, expert_ids: Tensor) -> Tensor:
         return super().forward(rows.to(self.dtype), expert_ids).float()
 
-    def alignments(self, rows: Tensor, directions: Tensor) -> Tensor:
-        return super().alignments(rows.to(self.dtype), directions.to(self.dtype)).float()
+    def alignments(self, rows: Tensor, directions: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return super().alignments(rows, directions, self.dtype if dtype is None else dtype)
 
     @property
     def dtype(self) -> torch.dtype:

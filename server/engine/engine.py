@@ -138,8 +138,6 @@ class Engine:
             except Exception:
                 self.counters.lessons_failed += 1
                 logger.exception("a lesson failed", extra={"requests": [lesson.sequence.sequence_id]})
-            finally:
-                lesson.beside = ()
 
     def finish(
         self,

@@ -136,7 +136,7 @@ def test_what_was_read_with_replaced_keys_never_teaches(tiny, store, way, to):
     recorder, teacher = windows_of(tiny, store, [80], rule="gradient")
     begun = teacher.lesson_taker(TENANT)
     held = threading.Event()
-    teacher.background.put(held.wait)
+    teacher.background.put(held.wait, 1)
     queued, late = lessons(tiny, [40, 40])
     begun(queued)
     getattr(store, way)(TENANT, *to)
@@ -159,9 +159,11 @@ def test_a_prompts_own_window_is_dropped_when_its_keys_are_replaced(tiny, store)
     own = PromptWindows(teacher, TENANT, 32, len(TOKENS), through.append)
     first, rest, following = lessons(tiny, [16, 16, 32])
     own(first)
+    teacher.background.drain(30)
     store.reset(TENANT)
     own(rest)
     own(following)
+    teacher.background.drain(30)
     assert through == [32], "refused; the recorder tells nobody of what it took"
     assert [w.tokens for w in recorder.windows] == [32]
     assert recorder.dropped == ["superseded"]
@@ -171,7 +173,7 @@ def test_lessons_that_the_end_cuts_off_are_counted_and_open_windows_are_submitte
     monkeypatch.setattr("server.plasticity.DRAIN_S", 0.01)
     recorder, teacher = windows_of(tiny, store, [40], rule="gradient")
     begun, held = threading.Event(), threading.Event()
-    teacher.background.put(lambda: (begun.set(), held.wait()))
+    teacher.background.put(lambda: (begun.set(), held.wait()), 1)
     begun.wait()
     for lesson in lessons(tiny, [20, 20]):
         teacher.take(TENANT, lesson)
@@ -193,6 +195,34 @@ class Released:
         self._thread.join()
 
 
+@pytest.mark.parametrize(("rule", "windows", "dropped"), [("direct", 3, 0), ("gradient", 1, 2)])
+def test_lessons_that_come_faster_than_their_credit_wait_or_are_dropped(
+    tiny, store, monkeypatch, rule, windows, dropped
+):
+    monkeypatch.setattr("server.background.MAX_WAITING_TOKENS", 32)
+    recorder = Recorder(store)
+    law = GravityConfig(window_tokens=32, rule=rule)
+    teacher = Teacher(tiny.model, recorder, law, tiny.blocks, frozenset({1, 2}))
+    begun, held = threading.Event(), threading.Event()
+    teacher.background.put(lambda: (begun.set(), held.wait()), 1)
+    begun.wait()
+
+    def teach():
+        for _ in range(3):
+            for lesson in lessons(tiny, [32]):
+                teacher.take(TENANT, lesson)
+
+    engine = threading.Thread(target=teach)
+    engine.start()
+    if rule == "gradient":
+        engine.join(30)
+    held.set()
+    engine.join(30)
+    teacher.close()
+    assert len(recorder.windows) == windows
+    assert recorder.dropped == ["credit_behind"] * dropped
+
+
 def test_a_window_that_cannot_be_added_in_the_background_is_counted(tiny, store, monkeypatch):
     recorder = Recorder(store)
     monkeypatch.setattr(recorder, "submit", lambda stats, done: 1 / 0)
@@ -212,6 +242,7 @@ def test_one_tenants_many_scopes_close_no_window_of_another(tiny, store, monkeyp
     for name in "abc":
         for lesson in lessons(tiny, [4]):
             teacher.take(ScopeId("session", "other", name), lesson)
+    teacher.background.drain(30)
     assert [str(w.scope) for w in recorder.windows] == ["session:other/a", "session:other/b"]
     assert [w.tokens for w in recorder.windows] == [4, 4]
 
@@ -234,6 +265,7 @@ def test_submitting_a_window_reads_no_session_from_disk(tiny, store, monkeypatch
     teacher = Teacher(tiny.model, recorder, GravityConfig(window_tokens=32), tiny.blocks, frozenset({1, 2}))
     for lesson in lessons(tiny, [40]):
         teacher.take(session, lesson)
+    teacher.background.drain(30)
     assert len(recorder.windows) == 1
     assert session not in asked
 
@@ -264,6 +296,7 @@ def test_queries_that_are_not_finite_are_dropped_and_counted(tiny, store):
     for lesson in lessons(tiny, [40]):
         lesson.trace.by_layer[1].queries = torch.full((40, 16), float("nan"))
         teacher.take(TENANT, lesson)
+    teacher.background.drain(30)
     assert (recorder.windows, recorder.dropped) == ([], ["non_finite"])
 
 
@@ -303,6 +336,7 @@ def test_a_tenants_logits_are_bit_identical_whatever_another_tenant_teaches(tiny
     for lesson in lessons(tiny, [80]):
         for _ in range(50):
             teacher.take(other, lesson)
+    teacher.background.drain(30)
     store.consolidate_once()
     assert store.view(other).version > 0
     assert torch.equal(hidden_of(TENANT), before)
@@ -317,6 +351,7 @@ def test_a_deleted_session_takes_its_open_window_along(tiny, store):
     for lesson in lessons(tiny, [80]):
         teacher.take(session, lesson)
         teacher.take(TENANT, lesson)
+    teacher.background.drain(30)
     store.consolidate_once()
     assert store.view(session).tokens == 48
     assert store.learning.expire_sessions(now=1e18) == [session]
