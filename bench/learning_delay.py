@@ -1,9 +1,9 @@
-"""Does learning by `gradient` credit hold up the tokens of others?
+"""Does learning hold up the tokens of others?
 
-    python bench/learning_delay.py [--rounds 3] [--threads 2]
+    python bench/learning_delay.py [--rule direct] [--rounds 3] [--threads 2]
 
 One client writes a long answer while another sends prompts of 512 tokens without a pause, each answered with one
-token. In turn those prompts teach by gradient credit, or only read; the gap between two tokens of the long answer is
+token. In turn those prompts teach, or only read; the gap between two tokens of the long answer is
 what the engine's step takes, prompt and all. What a backward pass in the background adds to the longest gaps is what is
 measured. Medians over rounds of each round's percentiles, milliseconds.
 """

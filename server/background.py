@@ -47,6 +47,10 @@ class BackgroundWork:
     def _fits(self, tokens: int) -> bool:
         return not self._waiting or self._waiting_tokens + tokens <= MAX_WAITING_TOKENS
 
+    @property
+    def waiting_tokens(self) -> int:
+        return self._waiting_tokens
+
     def drain(self, timeout_s: float) -> bool:
         """Wait until all work is done; False when time ran out."""
         with self._changed:

@@ -66,6 +66,7 @@ def _learning(plastic: dict[str, Plasticity]) -> Iterable[Metric]:
     updates = counter("key_updates", "Windows consolidated, by outcome.", "model", "outcome")
     dropped = counter("routing_events_dropped", "Windows never learned, by reason.", "model", "reason")
     duration = gauge("key_update_duration_seconds", "Duration of the newest consolidation.", "model")
+    behind = gauge("credit_waiting_tokens", "Prompt tokens whose credit is still to be computed.", "model")
     lag = gauge("consolidation_lag_seconds", "Age of the oldest window not yet learned.", "model")
     degraded = gauge("store_degraded", "1 from a failed consolidation to the next good one.", "model")
     recall = gauge("key_index_recall_ratio", "Sampled recall of a large layer's index.", "model", "layer")
@@ -84,13 +85,14 @@ def _learning(plastic: dict[str, Plasticity]) -> Iterable[Metric]:
         for reason, count in counters.dropped.items():
             dropped.add_metric([name, reason], count)
         duration.add_metric([name], counters.last_update_s)
+        behind.add_metric([name], plasticity.teacher.credit_waiting_tokens)
         lag.add_metric([name], counters.oldest_waiting_s)
         degraded.add_metric([name], int(plasticity.store.degraded))
         for layer, ratio in counters.index_recall.items():
             recall.add_metric([name, str(layer)], ratio)
         for (layer, outcome), count in counters.index_builds.items():
             builds.add_metric([name, str(layer), outcome], count)
-    return updates, dropped, duration, lag, degraded, recall, builds, operations
+    return updates, dropped, duration, behind, lag, degraded, recall, builds, operations
 
 
 def _canary(plastic: dict[str, Plasticity]) -> Iterable[Metric]:

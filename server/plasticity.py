@@ -90,6 +90,11 @@ class Teacher:
         """Whether a prompt's lessons must begin at its first token: `gradient` credit goes through all of it."""
         return self._gravity.rule == "gradient"
 
+    @property
+    def credit_waiting_tokens(self) -> int:
+        """Tokens of lessons whose credit has not been begun."""
+        return 0 if self.background is None else self.background.waiting_tokens
+
     def lesson_taker(self, scope: ScopeId) -> Callable[[Lesson], None]:
         """What a sequence of this scope, which has pinned its keys, hands its prompt chunks to."""
         epoch = self.epoch(scope)

@@ -89,6 +89,7 @@ def test_balance_and_keys_are_shown_by_layer(used):
     assert value(found, "key_version", model="some") == 0
     assert value(found, "plasticity_enabled", model="some") == 1
     assert value(found, "plasticity_enabled", model="dense") == 0
+    assert value(found, "credit_waiting_tokens", model="some") == 0
     assert value(found, "store_degraded", model="some") == 0
     assert value(found, "key_updates_total", model="some", outcome="published") == 0
     assert value(found, "routing_events_dropped_total", model="some", reason="queue_full") == 0

@@ -216,6 +216,7 @@ def test_lessons_that_come_faster_than_their_credit_wait_or_are_dropped(
     engine.start()
     if rule == "gradient":
         engine.join(30)
+        assert teacher.credit_waiting_tokens == 32
     held.set()
     engine.join(30)
     teacher.close()
