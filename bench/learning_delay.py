@@ -4,7 +4,7 @@
 
 One client writes a long answer while another sends prompts of 512 tokens without a pause, each answered with one
 token. In turn those prompts teach, or only read; the gap between two tokens of the long answer is
-what the engine's step takes, prompt and all. What a backward pass in the background adds to the longest gaps is what is
+what the engine's step takes, prompt and all. What credit computed in the background adds to the longest gaps is what is
 measured. Medians over rounds of each round's percentiles, milliseconds.
 """
 
@@ -72,11 +72,12 @@ async def measure(server: LibrationServer, rounds: int) -> None:
 
 def main() -> None:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--rule", choices=("direct", "gradient"), default="direct")
     made.add_argument("--rounds", type=int, default=3)
     made.add_argument("--threads", type=int, default=2)
     arguments = made.parse_args()
     os.environ["LIBRATION_ENDPOINTS__SOME__VARIANT"] = "some"
-    os.environ["LIBRATION_ENDPOINTS__SOME__GRAVITY__RULE"] = "gradient"
+    os.environ["LIBRATION_ENDPOINTS__SOME__GRAVITY__RULE"] = arguments.rule
     with tempfile.TemporaryDirectory() as folder:
         server = LibrationServer(Path(folder), arguments.threads)
         try:
