@@ -13,7 +13,7 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-MAX_WAITING_TOKENS = 8192  # 13 KB each with the shipped blocks
+MAX_WAITING_TOKENS = 4096  # 13 KB each with the shipped blocks
 NICENESS = 19
 
 
