@@ -85,6 +85,7 @@ class BackgroundWork:
                 logger.exception("background work failed")
                 self._failed()
             finally:
+                del work  # and what it keeps in memory
                 with self._changed:
                     self._busy = False
                     self._changed.notify_all()
