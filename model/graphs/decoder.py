@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.graphs.attention import Places, attend_pooled
+from model.graphs import torch_layers
+from model.graphs.batch import COLUMNS, Batch
 from model.graphs.blocks import GraphVariant
 from model.graphs.device import Call, Download, Recorder, upload
 from model.graphs.kv_pool import PooledBudget, PooledCache
@@ -23,10 +24,10 @@ SHORTEST = 256  # positions
 MOST_RECORDINGS = (
     128  # about a megabyte of the device's memory each; beyond, those that were unused longest go
 )
-COLUMNS = ("token", "position", "first_block", "key_slot", "variant")  # of the inputs
 NO_VARIANT = -1
 
 Ordinary = Callable[[Sequence[Segment]], Tensor]
+RunLayers = Callable[[Transformer, PooledBudget, Batch], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +35,7 @@ class Recording:
     """A recorded call and what it fills."""
 
     replay: Call
-    hidden: Tensor  # (R, H)
-    expert_ids: Tensor  # (R, columns): K of each layer with blocks, one variant after another
+    batch: Batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,7 @@ class GraphDecoder:
     def __init__(self, model: Transformer):
         self._model = model
         self._pool: PooledBudget | None = None
+        self._run_layers = _layers_way(model.device)
         self._inputs = torch.zeros(MAX_ROWS, len(COLUMNS), dtype=torch.int64, device=model.device)
         self._variants: dict[int, tuple[Variant, GraphVariant | None]] = {}  # by id; None: not covered
         self._routed: list[Routed] = []
@@ -141,49 +142,28 @@ class GraphDecoder:
         recording.replay()
         if variants:
             routed = Routed(
-                segments, list(variants.values()), Download(recording.expert_ids[: len(segments)])
+                segments, list(variants.values()), Download(recording.batch.expert_ids[: len(segments)])
             )
             self._routed.append(routed)
-        return recording.hidden[: len(segments)].clone()
+        return recording.batch.hidden[: len(segments)].clone()
 
     def _record(self, rows: int, length: int, variants: dict[int, GraphVariant], *, alike: bool) -> Recording:
         """`alike`: all rows are of one variant or of none."""
         model, pool = self._model, self._pool
         assert pool is not None, "no pool of keys and values"
-        inputs = self._inputs[:rows]
-        hidden_out = torch.empty(rows, model.config.hidden_size, device=model.device)
-        columns = sum(
-            v.variant.blocks[at].config.num_experts_per_tok for v in variants.values() for at in v.layers
-        )
-        ids_out = torch.empty(rows, columns, dtype=torch.int64, device=model.device)
+        hidden_size = model.config.hidden_size
+        batch = Batch.over(self._inputs[:rows], length, variants, hidden_size, alike=alike)
+        run_layers = self._run_layers
+        return Recording(self._recorder.capture(lambda: run_layers(model, pool, batch)), batch)
 
-        def compute() -> None:
-            tokens, positions, first_blocks, slots, numbers = inputs.unbind(1)
-            places = Places.of(positions, first_blocks, length, model.dtype)
-            own = {number: (numbers == number).unsqueeze(1) for number in variants}
-            rope = model.rope_at(positions)
-            hidden = model.embed(tokens)
-            selected: dict[int, list[Tensor]] = {number: [] for number in variants}
-            for index, layer in enumerate(model.layers):
-                hidden = model.layer(
-                    hidden,
-                    layer,
-                    rope,
-                    lambda q, k, v, index=index: attend_pooled(
-                        q, k, v, pool.keys[index], pool.values[index], places
-                    ),
-                )
-                for number, variant in variants.items():
-                    if index in variant.layers:
-                        contribution, expert_ids = variant.run(index, hidden, slots)
-                        with_block = hidden + contribution
-                        hidden = with_block if alike else torch.where(own[number], with_block, hidden)
-                        selected[number].append(expert_ids)
-            hidden_out.copy_(hidden)
-            if columns:
-                torch.cat([ids for of_variant in selected.values() for ids in of_variant], 1, out=ids_out)
 
-        return Recording(self._recorder.capture(compute), hidden_out, ids_out)
+def _layers_way(device: torch.device) -> RunLayers:
+    """Kernels where there is a GPU. Torch for CPUs comes without what they are written in."""
+    if device.type != "cuda":
+        return torch_layers.run_layers
+    from model.graphs.kernels import layers
+
+    return layers.run_layers
 
 
 def _key_slots(segments: Sequence[Segment], variants: dict[int, GraphVariant]) -> list[int]:

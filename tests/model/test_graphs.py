@@ -356,4 +356,4 @@ def test_what_is_recorded_needs_no_values_and_no_other_device(device, make_tiny,
     for rows in (1, 16):
         recording = graphs._record(rows, 256, variants, alike=False)
         recording.replay()
-        assert recording.hidden.device == pool.keys.device == torch.device("meta")
+        assert recording.batch.hidden.device == pool.keys.device == torch.device("meta")
