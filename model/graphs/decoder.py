@@ -72,9 +72,11 @@ class GraphDecoder:
 
         Nobody waits for the device here unless a segment asks for its expert ids.
         """
+        present = {id(segment.variant): segment.variant for segment in segments}.values()
+        fitting = {id(v) for v in present if v is None or self._variant(v) is not None}
         mine, others = list[int](), list[int]()
         for i, segment in enumerate(segments):
-            (mine if self._covers(segment) else others).append(i)
+            (mine if id(segment.variant) in fitting and self._covers(segment) else others).append(i)
         parts = [
             self._run([segments[i] for i in mine[at : at + MAX_ROWS]]) for at in range(0, len(mine), MAX_ROWS)
         ]
@@ -93,6 +95,7 @@ class GraphDecoder:
             _count(batch)
 
     def _covers(self, segment: Segment) -> bool:
+        """If its variant fits."""
         cache = segment.cache
         return (
             isinstance(cache, PooledCache)
@@ -100,7 +103,6 @@ class GraphDecoder:
             and segment.trace is None
             and segment.forced is None
             and segment.offsets is None
-            and (segment.variant is None or self._variant(segment.variant) is not None)
         )
 
     def _variant(self, variant: Variant) -> GraphVariant | None:

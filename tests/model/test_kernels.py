@@ -4,14 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.testing import assert_close
 
-from model.attention import rope_table, rotate
+from model.attention import rope_table
 from model.blocks.routing import top_k_of_softmax
 from model.checkpoints.load import assemble
 from model.graphs import decoder, torch_layers
-from model.graphs.attention import Places, attend_pooled
+from model.graphs.attention import attend_unrotated
 from model.graphs.blocks import GraphExperts
 from model.graphs.decoder import GraphDecoder
 from model.graphs.kv_pool import PooledBudget
@@ -56,22 +55,27 @@ def normal(device):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 3, 16, 40, 130])
-def test_products_with_what_comes_before_and_after_are_those_of_torch(normal, rows, dtype):
-    from model.graphs.kernels.products import product
+def test_products_with_what_comes_before_and_after_are_those_of_torch(normal, monkeypatch, rows, dtype):
+    from model.graphs.kernels import products
 
     hidden, norm = 3 * normal(rows, 150), normal(150)
     weight, bias = normal(44, 150, dtype=dtype) / 12, normal(44, dtype=dtype)
-    normed = F.rms_norm(hidden, norm.shape, norm, 1e-5).to(dtype)
     given = hidden.to(dtype)
     close = {"atol": TOLERANCE[dtype], "rtol": TOLERANCE[dtype]}
-    assert_close(product(given, weight), F.linear(given, weight), **close)
-    assert_close(product(hidden, weight, norm=(norm, 1e-5), bias=bias), F.linear(normed, weight, bias), **close)
-    gate, up = F.linear(normed, weight).chunk(2, dim=1)
-    assert_close(product(hidden, weight, norm=(norm, 1e-5), gated=True), F.silu(gate) * up, **close)
-    residual = normal(rows, 44)
-    expected = residual + F.linear(given, weight, bias)
-    assert product(given, weight, bias=bias, add_to=residual) is residual
-    assert_close(residual, expected, **close)
+    for read, how in (
+        (given, {}),
+        (given, {"bias": bias}),
+        (hidden, {"norm": (norm, 1e-5), "bias": bias}),
+        (hidden, {"norm": (norm, 1e-5), "gated": True}),
+        (given, {"bias": bias, "add_to": normal(rows, 44)}),
+    ):
+        results = []
+        for most in (256, 0):  # kernels, torch
+            monkeypatch.setattr(products, "MOST_ROWS", most)
+            own = {**how, "add_to": how["add_to"].clone()} if "add_to" in how else how
+            results.append(products.product(read, weight, **own))
+            assert own.get("add_to") is None or results[-1] is own["add_to"]
+        assert_close(*results, **close)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -104,25 +108,13 @@ def test_attention_reads_and_writes_each_rows_own_part_of_the_pool(
     rope = rope_table(config, torch.device(device))
 
     expected_keys, expected_values = pool.keys[0].clone(), pool.values[0].clone()
-    qk, value = qkv.split([(heads + kv_heads) * dim, kv_heads * dim], dim=1)
-    angles = [part[positions].unsqueeze(1) for part in rope]
-    query, key = rotate(qk.unflatten(1, (-1, dim)), *angles).split([heads, kv_heads], dim=1)
-    expected = attend_pooled(
-        query,
-        key,
-        value.unflatten(1, (-1, dim)),
-        expected_keys,
-        expected_values,
-        Places.of(positions, first_blocks, 512, dtype),
-    )
-
+    given = qkv, rope, positions, first_blocks
+    expected = attend_unrotated(*given, expected_keys, expected_values, 512, config)
     for kept in (pool.keys, pool.values):  # whatever a former owner left behind the rows' positions
         for position, block in zip(at[:-1], first[:-1], strict=True):
             end = block + position // 64
             kept[0, end, position % 64 :] = torch.nan
-    attended = attention.attend(
-        qkv, rope, positions, first_blocks, pool.keys[0], pool.values[0], 512, config
-    )
+    attended = attention.attend(*given, pool.keys[0], pool.values[0], 512, config)
     assert_close(attended, expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
     for kept, written in ((pool.keys[0], expected_keys), (pool.values[0], expected_values)):
         for position, block in zip(at, first, strict=True):
@@ -175,7 +167,9 @@ def test_selected_experts_are_added_to_the_rows_that_are_their_own(device, norma
     expert_ids = torch.tensor([[0, 7], [3, 2], [7, 1], [7, 6], [4, 5]], device=device)
     gates, own = normal(5, 2).softmax(-1), torch.tensor([1, 1, 0, 1, 0], device=device).bool()
     expected = hidden + experts.mix(block.normed(hidden), expert_ids, gates) * own.unsqueeze(1)
-    add_selected(hidden, (block.norm, block.config.rms_norm_eps), experts.inner, experts.last, expert_ids, gates, own)
+    add_selected(
+        hidden, (block.norm, block.config.rms_norm_eps), experts.inner, experts.last, expert_ids, gates, own
+    )
     assert_close(hidden, expected, atol=1e-4, rtol=1e-4)
 
 

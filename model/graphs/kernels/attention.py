@@ -3,10 +3,6 @@
 R rows, Q query heads, G key/value heads, D head_dim, S splits of the positions.
 """
 
-# pyright: reportUnknownParameterType=false, reportMissingParameterType=false, reportUnknownArgumentType=false
-# pyright: reportUntypedFunctionDecorator=false, reportIndexIssue=false
-# (a kernel's parameters have no Python types)
-
 import torch
 import triton
 import triton.language as tl
@@ -36,7 +32,12 @@ def attend(
     `rope`: cos and sin of all positions; positions and first_blocks (R), below `length` the former; one layer's pool
     (blocks, POSITION_BLOCK, G, D). Returns (R, Q * D).
     """
-    rows, heads, kv_heads, dim = len(qkv), config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    rows, heads, kv_heads, dim = (
+        len(qkv),
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+    )
     splits = splits_of(rows * kv_heads, length)
     shape = (rows, heads, splits)
     attended = torch.empty(rows, heads * dim, dtype=qkv.dtype, device=qkv.device)
@@ -47,21 +48,22 @@ def attend(
     wide = max(triton.next_power_of_2(dim), SMALLEST_DOT)
     _attend[(kv_heads, splits, rows)](
         *(qkv, qkv.stride(0), *rope, positions, positions.stride(0), first_blocks, first_blocks.stride(0)),
-        *(keys, values, parts, largest, totals, dim**-0.5 * LOG2_E),
+        *(keys, values, parts, largest, totals, dim**-0.5 * LOG2_E, splits, length // splits),
         HEADS=heads,
         KV_HEADS=kv_heads,
         DIM=dim,
         GROUP=max(triton.next_power_of_2(heads // kv_heads), SMALLEST_DOT),
         HALF=max(triton.next_power_of_2(dim // 2), SMALLEST_DOT),
         WIDE=wide,
-        SPLITS=splits,
-        SPLIT=length // splits,
+        WHOLE=splits == 1,
         BLOCK=POSITION_BLOCK,
         num_warps=4,
         num_stages=3,
     )
     if splits > 1:
-        _combine[(rows * heads,)](parts, largest, totals, attended, DIM=dim, WIDE=wide, SPLITS=splits, num_warps=4)
+        _combine[(rows * heads,)](
+            parts, largest, totals, attended, DIM=dim, WIDE=wide, SPLITS=splits, num_warps=4
+        )
     return attended
 
 
@@ -73,7 +75,7 @@ def splits_of(programs: int, length: int) -> int:
     return splits
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "length"])
 def _attend(
     qkv,
     qkv_stride,
@@ -89,17 +91,18 @@ def _attend(
     largests,
     totals,
     scale,
+    splits,
+    length,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     DIM: tl.constexpr,
     GROUP: tl.constexpr,
     HALF: tl.constexpr,
     WIDE: tl.constexpr,
-    SPLITS: tl.constexpr,
-    SPLIT: tl.constexpr,
+    WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A program for the query heads of one key/value head of a row, over SPLIT of its positions.
+    """A program for the query heads of one key/value head of a row, over `length` of its positions.
 
     The row's own key and value come from its projections: what lies in the pool at its position is not read. GROUP, HALF
     and WIDE are powers of two, not below the heads that share a key, half a head and a head.
@@ -132,8 +135,8 @@ def _attend(
     key_2 = (second * turn_cos + first * turn_sin).to(qkv.dtype.element_ty)
     value = tl.load(own_row + (HEADS + KV_HEADS + head) * DIM + wide, mask=wide_in, other=0.0)
 
-    begin = split * SPLIT
-    own = (position >= begin) & (position < begin + SPLIT)
+    begin = split * length
+    own = (position >= begin) & (position < begin + length)
     place = (base + position) * (KV_HEADS * DIM) + head * DIM
     tl.store(keys + place + half, key_1, mask=half_in & own)
     tl.store(keys + place + DIM // 2 + half, key_2, mask=half_in & own)
@@ -145,7 +148,7 @@ def _attend(
     total = tl.where(own, 1.0, 0.0) + tl.zeros((GROUP,), tl.float32)
     result = tl.where(own, value.to(tl.float32)[None, :], 0.0) + tl.zeros((GROUP, WIDE), tl.float32)
 
-    end = tl.minimum(begin + SPLIT, position)
+    end = tl.minimum(begin + length, position)
     for start in range(begin, end, BLOCK):
         read = start + tl.arange(0, BLOCK)
         read_in = read < end
@@ -167,11 +170,11 @@ def _attend(
 
     query = row * HEADS + head * shared + member
     out_in = (member < shared)[:, None] & wide_in[None, :]
-    if SPLITS == 1:
+    if WHOLE:
         target = parts + query[:, None] * DIM + wide[None, :]
         tl.store(target, (result / total[:, None]).to(parts.dtype.element_ty), mask=out_in)
     else:
-        cell = query * SPLITS + split
+        cell = query * splits + split
         tl.store(parts + cell[:, None] * DIM + wide[None, :], result, mask=out_in)
         tl.store(largests + cell, largest, mask=member < shared)
         tl.store(totals + cell, total, mask=member < shared)

@@ -4,10 +4,6 @@ R rows, E experts, K experts per token, F expert width, H hidden. A row's expert
 has the same ones; all of a layer's experts fit into a large GPU's cache.
 """
 
-# pyright: reportUnknownParameterType=false, reportMissingParameterType=false, reportUnknownArgumentType=false
-# pyright: reportUntypedFunctionDecorator=false, reportIndexIssue=false
-# (a kernel's parameters have no Python types)
-
 from collections.abc import Sequence
 
 import torch

@@ -3,15 +3,13 @@
 R rows, N outputs, M inputs.
 """
 
-# pyright: reportUnknownParameterType=false, reportMissingParameterType=false, reportUnknownArgumentType=false
-# pyright: reportUntypedFunctionDecorator=false, reportIndexIssue=false
-# (a kernel's parameters have no Python types)
-
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
+MOST_ROWS = 256  # beyond, and with 0 always, torch's operations
 FEW_ROWS = 4  # up to which each program keeps its part of the matrix and takes all rows through it
 NUMBERS = 8192  # of a matrix that a program of few rows has in its registers
 SMALLEST_DOT = 16  # rows and columns of a tensor core's product
@@ -32,6 +30,8 @@ def product(
     silu of the first half's product times the second half's is the result.
     """
     count, inputs = rows.shape
+    if count > MOST_ROWS:
+        return _in_torch(rows, weight, norm, bias, add_to, gated=gated)
     outputs = len(weight) // 2 if gated else len(weight)
     out = torch.empty(count, outputs, dtype=weight.dtype, device=rows.device) if add_to is None else add_to
     assert rows.stride(1) == weight.stride(1) == out.stride(1) == 1, (rows, weight, out)
@@ -60,6 +60,24 @@ def product(
         *given, count, **kinds, ROWS=block_rows, COLUMNS=columns, DEPTH=depth, num_warps=4, num_stages=4
     )
     return out
+
+
+def _in_torch(
+    rows: Tensor,
+    weight: Tensor,
+    norm: tuple[Tensor, float] | None,
+    bias: Tensor | None,
+    add_to: Tensor | None,
+    *,
+    gated: bool,
+) -> Tensor:
+    if norm is not None:
+        rows = F.rms_norm(rows, norm[0].shape, *norm)
+    result = F.linear(rows.to(weight.dtype), weight, bias)
+    if gated:
+        gate, up = result.chunk(2, dim=1)
+        result = F.silu(gate) * up
+    return result if add_to is None else add_to.add_(result)
 
 
 def _tile(count: int) -> tuple[int, int, int]:
@@ -120,7 +138,7 @@ def _few_rows(
         tl.store(target, result.to(out.dtype.element_ty), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _many_rows(
     rows,
     row_stride,

@@ -3,10 +3,6 @@
 R rows, E experts, K experts per token, S slots of key versions, D key size.
 """
 
-# pyright: reportUnknownParameterType=false, reportMissingParameterType=false, reportUnknownArgumentType=false
-# pyright: reportUntypedFunctionDecorator=false, reportIndexIssue=false
-# (a kernel's parameters have no Python types)
-
 import torch
 import triton
 import triton.language as tl
@@ -93,10 +89,7 @@ def _choose(
         chosen = tl.where(place == number, found.to(tl.int64), chosen)
         shares = tl.where(place == number, tl.exp(best - largest), shares)
         left = tl.where(expert == found, float("-inf"), left)
-    if RENORMALIZE:
-        total = tl.sum(shares, 0)
-    else:
-        total = tl.sum(tl.exp(scores - largest), 0)
+    total = tl.sum(shares, 0) if RENORMALIZE else tl.sum(tl.exp(scores - largest), 0)
     place_in = place < PER_ROW
     tl.store(expert_ids + row * id_stride + place, chosen, mask=place_in)
     tl.store(gates + row * PER_ROW + place, shares / total, mask=place_in)
