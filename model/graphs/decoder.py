@@ -27,7 +27,14 @@ MOST_RECORDINGS = (
 NO_VARIANT = -1
 
 Ordinary = Callable[[Sequence[Segment]], Tensor]
-RunLayers = Callable[[Transformer, PooledBudget, Batch], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How a recorded call computes, and logits of its rows (None: as those of other rows)."""
+
+    run_layers: Callable[[Transformer, PooledBudget, Batch], None]
+    logits: Callable[[Transformer, Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +60,7 @@ class GraphDecoder:
     def __init__(self, model: Transformer):
         self._model = model
         self._pool: PooledBudget | None = None
-        self._run_layers = _layers_way(model.device)
+        self._way = way_on(model.device)
         self._inputs = torch.zeros(MAX_ROWS, len(COLUMNS), dtype=torch.int64, device=model.device)
         self._variants: dict[int, tuple[Variant, GraphVariant | None]] = {}  # by id; None: not covered
         self._routed: list[Routed] = []
@@ -87,6 +94,11 @@ class GraphDecoder:
         parts.append(ordinary([segments[i] for i in others]))
         order = np.argsort(mine + others).tolist()
         return torch.cat(parts)[upload(order, torch.int64, self._model.device)]
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor | None:
+        """Next-token logits of written rows: (n, H) -> (n, V) float32; None: they are computed as others are."""
+        return None if self._way.logits is None else self._way.logits(self._model, hidden)
 
     def settle(self) -> None:
         """Count what was routed. Without waiting once somebody has waited for the tokens."""
@@ -155,17 +167,17 @@ class GraphDecoder:
         assert pool is not None, "no pool of keys and values"
         hidden_size = model.config.hidden_size
         batch = Batch.over(self._inputs[:rows], length, variants, hidden_size, alike=alike)
-        run_layers = self._run_layers
+        run_layers = self._way.run_layers
         return Recording(self._recorder.capture(lambda: run_layers(model, pool, batch)), batch)
 
 
-def _layers_way(device: torch.device) -> RunLayers:
+def way_on(device: torch.device) -> Way:
     """Kernels where there is a GPU. Torch for CPUs comes without what they are written in."""
     if device.type != "cuda":
-        return torch_layers.run_layers
+        return Way(torch_layers.run_layers)
     from model.graphs.kernels import layers
 
-    return layers.run_layers
+    return Way(layers.run_layers, layers.logits)
 
 
 def _key_slots(segments: Sequence[Segment], variants: dict[int, GraphVariant]) -> list[int]:

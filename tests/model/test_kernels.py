@@ -1,4 +1,4 @@
-"""What recorded calls compute on a GPU against torch's operations. On a CPU with Triton's interpreter, on a GPU compiled."""
+"""What recorded calls compute on a GPU against torch's operations. On a CPU with Triton's interpreter (`make test-kernels`), on a GPU compiled."""
 
 from dataclasses import replace
 
@@ -28,18 +28,21 @@ def interpreted(device, monkeypatch):
     if device != "cpu":
         return
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    from triton.language import bfloat16, float32
+    pytest.importorskip("triton", reason="`make test-kernels` installs it")
+    from triton.language import bfloat16, cumsum, float32
     from triton.runtime import interpreter
 
+    if not isinstance(cumsum, interpreter.InterpretedFunction):
+        pytest.skip("somebody imported triton as a compiler: `make test-kernels`")
     product, patch = interpreter.InterpreterBuilder.create_dot, interpreter._patch_lang_tensor
 
     def of_numbers(builder, a, b, *rest):
-        """Triton 3.6 multiplies bfloat16's bits, as if they were whole numbers."""
+        """The interpreter multiplies bfloat16's bits, as if they were whole numbers."""
         a, b = (builder.cast_impl(t, float32) if t.dtype.scalar == bfloat16 else t for t in (a, b))
         return product(builder, a, b, *rest)
 
     def with_bounds(tensor, scope):
-        """Triton 3.6 makes numbers of arrays as numpy 2.4 does no more."""
+        """The interpreter makes numbers of arrays as numpy 2.4 does no more."""
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
@@ -79,8 +82,29 @@ def test_products_with_what_comes_before_and_after_are_those_of_torch(normal, mo
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("splits", [1, 8])
-@pytest.mark.parametrize("sizes", [(4, 2, 8), (9, 3, 64)])
+@pytest.mark.parametrize("rows", [1, 5, 20])
+def test_logits_are_not_rounded(device, normal, tiny, random_weights, monkeypatch, rows, dtype):
+    from model.graphs.kernels import layers
+
+    monkeypatch.setattr("model.graphs.kernels.products.MANY_OUTPUTS", 64)
+    config = tiny.model.config
+    weights = {name: weight.to(device) for name, weight in random_weights(config, dtype).items()}
+    model = assemble(config, weights)
+    hidden = 3 * normal(rows, config.hidden_size)
+    normed = torch.nn.functional.rms_norm(hidden, hidden.shape[1:], model.final_norm, config.rms_norm_eps)
+    logits = layers.logits(model, hidden)
+    assert_close(logits, normed @ model.head.float().T, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "splits", "dtype"),
+    [
+        ((4, 2, 8), 1, torch.float32),
+        ((4, 2, 8), 8, torch.bfloat16),
+        ((9, 3, 64), 1, torch.bfloat16),
+        ((9, 3, 64), 2, torch.float32),
+    ],
+)
 def test_attention_reads_and_writes_each_rows_own_part_of_the_pool(
     device, normal, tiny, monkeypatch, splits, dtype, sizes
 ):
@@ -185,7 +209,7 @@ def test_whole_layers_are_those_of_torch(device, make_tiny, random_weights, monk
             block.to(device)
     rows = []
     for way in (torch_layers.run_layers, layers.run_layers):
-        monkeypatch.setattr(decoder, "_layers_way", lambda device, way=way: way)
+        monkeypatch.setattr(decoder, "way_on", lambda device, way=way: decoder.Way(way))
         model = assemble(config, weights)
         model.graphs = GraphDecoder(model)
         budget = model.cache_budget(1 << 12)

@@ -56,6 +56,11 @@ def run_layers(model: Transformer, pool: PooledBudget, batch: Batch) -> None:
                     hidden.copy_(torch.where(own[number].unsqueeze(1), hidden + contribution, hidden))
 
 
+def logits(model: Transformer, hidden: Tensor) -> Tensor:
+    """Next-token logits: hidden (R, H) float32 before the final norm -> (R, V) float32, all of them exact."""
+    return product(hidden, model.head, norm=(model.final_norm, model.config.rms_norm_eps), exact=True)
+
+
 def _first_columns(batch: Batch) -> dict[tuple[int, int], int]:
     """Where the expert ids of a variant's layer begin: layers rise, as they are run."""
     first: dict[tuple[int, int], int] = {}

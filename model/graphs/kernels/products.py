@@ -11,6 +11,7 @@ from torch import Tensor
 
 MOST_ROWS = 256  # beyond, and with 0 always, torch's operations
 FEW_ROWS = 4  # up to which each program keeps its part of the matrix and takes all rows through it
+MANY_OUTPUTS = 8192
 NUMBERS = 8192  # of a matrix that a program of few rows has in its registers
 SMALLEST_DOT = 16  # rows and columns of a tensor core's product
 
@@ -23,17 +24,20 @@ def product(
     bias: Tensor | None = None,
     add_to: Tensor | None = None,
     gated: bool = False,
+    exact: bool = False,
 ) -> Tensor:
     """rows (R, M) by weight (N, M): (R, N) in the weight's dtype, or added to `add_to` (R, N), which is returned.
 
     `norm`, weight (M) and epsilon: the rows' RMS norm is multiplied instead of them. `gated`: the weight is (2 N, M) and
-    silu of the first half's product times the second half's is the result.
+    silu of the first half's product times the second half's is the result. `exact`: float32 rows are not rounded to the
+    weight's dtype, nor is the result.
     """
     count, inputs = rows.shape
-    if count > MOST_ROWS:
+    if count > MOST_ROWS and not exact:
         return _in_torch(rows, weight, norm, bias, add_to, gated=gated)
     outputs = len(weight) // 2 if gated else len(weight)
-    out = torch.empty(count, outputs, dtype=weight.dtype, device=rows.device) if add_to is None else add_to
+    dtype = torch.float32 if exact else weight.dtype
+    out = torch.empty(count, outputs, dtype=dtype, device=rows.device) if add_to is None else add_to
     assert rows.stride(1) == weight.stride(1) == out.stride(1) == 1, (rows, weight, out)
     norm_weight, eps = norm or (rows, 0.0)
     given = (
@@ -45,6 +49,7 @@ def product(
         "BIAS": bias is not None,
         "ADD": add_to is not None,
         "GATED": gated,
+        "EXACT": exact and weight.dtype != torch.float32,
         "OUTPUTS": outputs,
         "INPUTS": inputs,
     }
@@ -54,11 +59,9 @@ def product(
         grid = (triton.cdiv(outputs, columns),)
         _few_rows[grid](*given, **kinds, ROWS=count, COLUMNS=columns, WIDTH=width, num_warps=4)
         return out
-    block_rows, columns, depth = _tile(count)
-    grid = (triton.cdiv(outputs, columns), triton.cdiv(count, block_rows))
-    _many_rows[grid](
-        *given, count, **kinds, ROWS=block_rows, COLUMNS=columns, DEPTH=depth, num_warps=4, num_stages=4
-    )
+    tile = _tile(count, outputs)
+    grid = (triton.cdiv(outputs, tile["COLUMNS"]), triton.cdiv(count, tile["ROWS"]))
+    _many_rows[grid](*given, count, **kinds, **tile)
     return out
 
 
@@ -80,13 +83,20 @@ def _in_torch(
     return result if add_to is None else add_to.add_(result)
 
 
-def _tile(count: int) -> tuple[int, int, int]:
-    """Rows, columns and depth of a program's products: about as many programs as a large GPU has processors."""
-    if count <= SMALLEST_DOT:
-        return SMALLEST_DOT, 16, 128
-    if count < 128:
-        return 32, 16, 64
-    return 64, 32, 64
+def _tile(count: int, outputs: int) -> dict[str, int]:
+    """Rows, columns and depth of a program's products, and how they are computed.
+
+    A layer's matrices are cut for about as many programs as a large GPU has processors, an output head so that rows are
+    read seldom.
+    """
+    rows = min(128, max(SMALLEST_DOT, triton.next_power_of_2(count)))
+    if outputs >= MANY_OUTPUTS:
+        warps = 8 if rows == 128 else 4
+        return {"ROWS": rows, "COLUMNS": 64, "DEPTH": 64, "num_warps": warps, "num_stages": 3}
+    if rows == 128:
+        return {"ROWS": 64, "COLUMNS": 32, "DEPTH": 64, "num_warps": 4, "num_stages": 3}
+    rows, depth = (rows, 128) if rows == SMALLEST_DOT else (32, 64)
+    return {"ROWS": rows, "COLUMNS": 16, "DEPTH": depth, "num_warps": 4, "num_stages": 4}
 
 
 @triton.jit
@@ -104,6 +114,7 @@ def _few_rows(
     BIAS: tl.constexpr,
     ADD: tl.constexpr,
     GATED: tl.constexpr,
+    EXACT: tl.constexpr,
     OUTPUTS: tl.constexpr,
     INPUTS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -125,7 +136,8 @@ def _few_rows(
         if NORM:
             scale = tl.rsqrt(tl.sum(part * part, 0) / INPUTS + eps)
             part = part * scale * tl.load(norm + at, mask=inside, other=0.0)
-        part = part.to(matrix.dtype).to(tl.float32)
+        if not EXACT:
+            part = part.to(matrix.dtype).to(tl.float32)
         result = tl.sum(matrix.to(tl.float32) * part[None, :], 1)
         if GATED:
             up = tl.sum(second.to(tl.float32) * part[None, :], 1)
@@ -154,6 +166,7 @@ def _many_rows(
     BIAS: tl.constexpr,
     ADD: tl.constexpr,
     GATED: tl.constexpr,
+    EXACT: tl.constexpr,
     OUTPUTS: tl.constexpr,
     INPUTS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -181,11 +194,14 @@ def _many_rows(
         if NORM:
             squares += tl.sum(part * part, 1)
             part = part * tl.load(norm + at, mask=inside, other=0.0)[None, :]
-        part = part.to(matrix.dtype)
-        result = tl.dot(part, matrix, result, input_precision="ieee")
+        rounded = part.to(matrix.dtype)
+        result = tl.dot(rounded, matrix, result, input_precision="ieee")
+        if EXACT:  # what rounding took away, in the same dtype
+            rest = (part - rounded.to(tl.float32)).to(matrix.dtype)
+            result = tl.dot(rest, matrix, result, input_precision="ieee")
         if GATED:
             second = tl.load(address + OUTPUTS * weight_stride, mask=tile, other=0.0)
-            up = tl.dot(part, second, up, input_precision="ieee")
+            up = tl.dot(rounded, second, up, input_precision="ieee")
     if NORM:
         scale = tl.rsqrt(squares / INPUTS + eps)[:, None]
         result *= scale
