@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.graphs import torch_layers
 from model.graphs.batch import COLUMNS, Batch
 from model.graphs.blocks import GraphVariant
 from model.graphs.device import Call, Download, Recorder, upload
 from model.graphs.kv_pool import PooledBudget, PooledCache
+from model.graphs.way import way_on
 from model.transformer import Segment, Transformer, Variant
 
 MAX_ROWS = 256  # of one call; more are cut
@@ -27,14 +27,6 @@ MOST_RECORDINGS = (
 NO_VARIANT = -1
 
 Ordinary = Callable[[Sequence[Segment]], Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class Way:
-    """How a recorded call computes, and logits of its rows (None: as those of other rows)."""
-
-    run_layers: Callable[[Transformer, PooledBudget, Batch], None]
-    logits: Callable[[Transformer, Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,15 +161,6 @@ class GraphDecoder:
         batch = Batch.over(self._inputs[:rows], length, variants, hidden_size, alike=alike)
         run_layers = self._way.run_layers
         return Recording(self._recorder.capture(lambda: run_layers(model, pool, batch)), batch)
-
-
-def way_on(device: torch.device) -> Way:
-    """Kernels where there is a GPU. Torch for CPUs comes without what they are written in."""
-    if device.type != "cuda":
-        return Way(torch_layers.run_layers)
-    from model.graphs.kernels import layers
-
-    return Way(layers.run_layers, layers.logits)
 
 
 def _key_slots(segments: Sequence[Segment], variants: dict[int, GraphVariant]) -> list[int]:

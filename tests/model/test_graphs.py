@@ -1,6 +1,8 @@
 """Written rows as recorded calls against the model's ordinary way. On a CPU, and on a GPU by `make test-gpu`."""
 
+import sys
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from model.graphs import decoder
 from model.graphs.blocks import GraphVariant
 from model.graphs.decoder import GraphDecoder
 from model.graphs.device import Recorder
+from model.graphs.way import IN_TORCH, way_on
 from model.keys import AnchorKeys
 
 PLACES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -357,3 +360,15 @@ def test_what_is_recorded_needs_no_values_and_no_other_device(device, make_tiny,
         recording = graphs._record(rows, 256, variants, alike=False)
         recording.replay()
         assert recording.batch.hidden.device == pool.keys.device == torch.device("meta")
+
+
+def test_where_kernels_cannot_be_compiled_torch_computes_and_the_log_says_so(device, monkeypatch, caplog):
+    def try_out(device):
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setitem(sys.modules, "model.graphs.kernels.layers", SimpleNamespace(try_out=try_out))
+    monkeypatch.setattr(
+        "model.graphs.kernels.layers", sys.modules["model.graphs.kernels.layers"], raising=False
+    )
+    assert way_on(torch.device("cuda")) is IN_TORCH
+    assert "Failed to find C compiler" in caplog.text

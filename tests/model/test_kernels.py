@@ -9,11 +9,12 @@ from torch.testing import assert_close
 from model.attention import rope_table
 from model.blocks.routing import top_k_of_softmax
 from model.checkpoints.load import assemble
-from model.graphs import decoder, torch_layers
+from model.graphs import decoder
 from model.graphs.attention import attend_unrotated
 from model.graphs.blocks import GraphExperts
 from model.graphs.decoder import GraphDecoder
 from model.graphs.kv_pool import PooledBudget
+from model.graphs.way import IN_TORCH, Way
 
 PLACES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = (torch.float32, torch.bfloat16)
@@ -208,8 +209,8 @@ def test_whole_layers_are_those_of_torch(device, make_tiny, random_weights, monk
         for block in tiny.blocks.values():
             block.to(device)
     rows = []
-    for way in (torch_layers.run_layers, layers.run_layers):
-        monkeypatch.setattr(decoder, "way_on", lambda device, way=way: decoder.Way(way))
+    for way in (IN_TORCH, Way(layers.run_layers, layers.logits)):
+        monkeypatch.setattr(decoder, "way_on", lambda device, way=way: way)
         model = assemble(config, weights)
         model.graphs = GraphDecoder(model)
         budget = model.cache_budget(1 << 12)

@@ -61,6 +61,12 @@ def logits(model: Transformer, hidden: Tensor) -> Tensor:
     return product(hidden, model.head, norm=(model.final_norm, model.config.rms_norm_eps), exact=True)
 
 
+def try_out(device: torch.device) -> None:
+    """Compile and run something small. Raises what stands in the way."""
+    rows = torch.zeros(1, 16, device=device)
+    product(rows, rows)
+
+
 def _first_columns(batch: Batch) -> dict[tuple[int, int], int]:
     """Where the expert ids of a variant's layer begin: layers rise, as they are run."""
     first: dict[tuple[int, int], int] = {}
