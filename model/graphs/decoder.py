@@ -182,14 +182,14 @@ def _count(batch: Routed) -> None:
     host, column = batch.expert_ids.result().numpy(), 0
     for variant in batch.variants:
         rows = [i for i, segment in enumerate(batch.segments) if segment.variant is variant.variant]
+        routed_rows = (batch.segments[row].routed for row in rows)
+        asking = [(place, routed) for place, routed in enumerate(routed_rows) if routed is not None]
         for layer in sorted(variant.layers):
             end = column + variant.variant.blocks[layer].config.num_experts_per_tok
             expert_ids = host[rows, column:end]
             variant.variant.usage.add(layer, expert_ids, decode=True)
-            for row, ids in zip(rows, expert_ids, strict=True):
-                routed = batch.segments[row].routed
-                if routed is not None:
-                    routed.append(ids[None])
+            for place, routed in asking:
+                routed.append(expert_ids[place][None])
             column = end
 
 

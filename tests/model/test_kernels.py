@@ -59,27 +59,30 @@ def normal(device):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 3, 16, 40, 130])
-def test_products_with_what_comes_before_and_after_are_those_of_torch(normal, monkeypatch, rows, dtype):
+def test_products_with_what_comes_before_and_after_are_those_of_torch(
+    device, normal, monkeypatch, rows, dtype
+):
     from model.graphs.kernels import products
 
-    hidden, norm = 3 * normal(rows, 150), normal(150)
-    weight, bias = normal(44, 150, dtype=dtype) / 12, normal(44, dtype=dtype)
-    given = hidden.to(dtype)
-    close = {"atol": TOLERANCE[dtype], "rtol": TOLERANCE[dtype]}
-    for read, how in (
-        (given, {}),
-        (given, {"bias": bias}),
-        (hidden, {"norm": (norm, 1e-5), "bias": bias}),
-        (hidden, {"norm": (norm, 1e-5), "gated": True}),
-        (given, {"bias": bias, "add_to": normal(rows, 44)}),
-    ):
-        results = []
-        for most in (256, 0):  # kernels, torch
-            monkeypatch.setattr(products, "MOST_ROWS", most)
-            own = {**how, "add_to": how["add_to"].clone()} if "add_to" in how else how
-            results.append(products.product(read, weight, **own))
-            assert own.get("add_to") is None or results[-1] is own["add_to"]
-        assert_close(*results, **close)
+    served = [(576, 960), (576, 3072), (1536, 576)]  # the base model's sizes
+    for inputs, outputs in [(150, 44), *(served if device == "cuda" else ())]:
+        hidden, norm = 3 * normal(rows, inputs), normal(inputs)
+        weight, bias = (normal(outputs, inputs) * inputs**-0.5).to(dtype), normal(outputs, dtype=dtype)
+        given = hidden.to(dtype)
+        for read, how in (
+            (given, {}),
+            (given, {"bias": bias}),
+            (hidden, {"norm": (norm, 1e-5), "bias": bias}),
+            (hidden, {"norm": (norm, 1e-5), "gated": True}),
+            (given, {"bias": bias, "add_to": normal(rows, outputs)}),
+        ):
+            results = []
+            for most in (256, 0):  # kernels, torch
+                monkeypatch.setattr(products, "MOST_ROWS", most)
+                own = {**how, "add_to": how["add_to"].clone()} if "add_to" in how else how
+                results.append(products.product(read, weight, **own))
+                assert own.get("add_to") is None or results[-1] is own["add_to"]
+            assert_close(*results, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
