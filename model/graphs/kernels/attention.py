@@ -12,7 +12,7 @@ from model.config import ModelConfig
 from model.kv_cache import POSITION_BLOCK
 
 PROGRAMS = 264  # that are wanted: two for each processor of a large GPU
-SHORTEST_SPLIT = 256  # positions
+SHORTEST_SPLIT = 512  # positions
 SMALLEST_DOT = 16  # rows, columns and depth of a tensor core's product
 LOG2_E = 1.4426950408889634
 
