@@ -204,13 +204,12 @@ def test_selected_experts_are_added_to_the_rows_that_are_their_own(device, norma
     assert_close(hidden, expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_whole_layers_are_those_of_torch(device, make_tiny, random_weights, monkeypatch, dtype):
+def test_whole_layers_are_those_of_torch(device, make_tiny, random_weights, monkeypatch):
     from model.graphs.kernels import layers
 
-    tinies = [make_tiny(dtype, kind) for kind in ("some", "moe")]
+    tinies = [make_tiny(torch.float32, kind) for kind in ("some", "moe")]
     config = tinies[0].model.config
-    weights = {name: weight.to(device) for name, weight in random_weights(config, dtype).items()}
+    weights = {name: weight.to(device) for name, weight in random_weights(config, torch.float32).items()}
     for tiny in tinies:
         for block in tiny.blocks.values():
             block.to(device)
@@ -228,6 +227,6 @@ def test_whole_layers_are_those_of_torch(device, make_tiny, random_weights, monk
             segments = [replace(s, token_ids=[7 * step + i], start=step) for i, s in enumerate(segments)]
             rows.append((model.step(segments), [s.routed for s in segments]))
     for (expected, expected_ids), (hidden, expert_ids) in zip(rows[:4], rows[4:], strict=True):
-        assert_close(hidden, expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+        assert_close(hidden, expected, atol=1e-4, rtol=1e-4)
         for mine, others in zip(expert_ids, expected_ids, strict=True):
             assert [ids.tolist() for ids in mine] == [ids.tolist() for ids in others]
