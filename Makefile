@@ -4,6 +4,7 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 CONFIG ?=
 TORCH = torch==2.13.0
+TRITON = triton==3.7.1# what this torch brings along where there is a GPU
 
 BIN = .venv/bin
 STAMP = .venv/.complete
@@ -13,7 +14,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Two cores are the reference machine: tests keep numeric libraries to one thread each.
 TEST_ENV = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: setup clients serve test test-slow test-gpu check check-deploy fmt bench clean
+.PHONY: setup clients serve test test-slow test-gpu test-kernels check check-deploy fmt bench clean
 
 setup: $(COMPILED)
 
@@ -54,6 +55,11 @@ test-slow: setup clients
 
 test-gpu: setup
 	$(TEST_ENV) $(BIN)/python -m pytest -q -m gpu
+
+# The GPU's kernels without one, in Triton's interpreter: 200 MB that nothing else needs.
+test-kernels: setup
+	@$(PIP) install --no-deps '$(TRITON)'
+	$(TEST_ENV) $(BIN)/python -m pytest -q tests/model/test_kernels.py
 
 check: setup
 	$(BIN)/ruff check .

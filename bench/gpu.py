@@ -1,22 +1,31 @@
 """Decoding on a GPU: tokens a second by streams, and how near that is to what reading the memory alone would allow.
 
-    python bench/gpu.py [--variants dense some moe] [--streams 1 8 64 256] [--context 256] [--steps 64]
+    python bench/gpu.py [--variants dense some moe] [--streams 1 8 64 256] [--context 256] [--steps 64] [--profile]
 
 A step is one of the engine, without HTTP: scheduling, the recorded call, choosing, delivery. The memory limit is the
 bandwidth of copying one large tensor to another, measured here, over the bytes that a step cannot do without: the
 layers' weights and the output head once, the experts that may be selected, and keys and values of every stream's text.
+With --profile one more step of each is traced: what the device computed in it, in how many kernels and which of them took
+longest. The rest of a step is the host's.
 """
 
 import argparse
+import itertools
 import statistics
 import sys
 import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from platformdirs import user_data_path
 from profile_step import WAITING, sequences
 from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from model.blocks.base import ExpertUsage
 from model.checkpoints.blocks import load_blocks, shipped_folder
@@ -29,6 +38,31 @@ from server.engine.scheduler import SchedulerConfig
 
 COPIED_BYTES, COPIES = 1 << 30, 10
 WARM_UP = 4  # steps; the first records
+LONGEST = 8  # kernels that are told by name
+
+
+@dataclass(frozen=True)
+class DeviceWork:
+    """What the device did in one step."""
+
+    milliseconds: float
+    kernels: int
+    longest: list[tuple[str, float, int]]  # name, milliseconds and calls of kernels alike
+
+    @classmethod
+    def of(cls, events: Iterable[Any]) -> "DeviceWork":
+        """From a profiler's events, of which those on the device count."""
+        spent, calls = Counter[str](), Counter[str]()
+        for event in events:
+            if event.device_type == DeviceType.CUDA:
+                spent[event.name] += event.time_range.elapsed_us() / 1e3
+                calls[event.name] += 1
+        longest = [(name, ms, calls[name]) for name, ms in spent.most_common(LONGEST)]
+        return cls(spent.total(), calls.total(), longest)
+
+    def told(self, title: str) -> str:
+        lines = (f"  {ms:7.3f} ms {calls:5} x {name[:90]}" for name, ms, calls in self.longest)
+        return "\n".join(itertools.chain((f"{title}: longest kernels of a step",), lines))
 
 
 def bandwidth(device: torch.device) -> float:
@@ -76,14 +110,16 @@ def step_seconds(
     streams: int,
     context: int,
     steps: int,
-) -> float:
-    """The median step once all streams write."""
-    room = streams * (context + steps + WARM_UP + WAITING + 64)
+    *,
+    traced: bool = False,
+) -> tuple[float, DeviceWork | None]:
+    """The median step once all streams write, and of one more, if it is to be `traced`, the device's part."""
+    room = streams * (context + steps + WARM_UP + 1 + WAITING + 64)
     scheduler = SchedulerConfig(max_running=streams, step_tokens=8192)
     nobody = Observers(*[lambda endpoint, seconds: None] * 4)
     variants = {name: variant} if variant else {}
     engine = Engine(model, variants, scheduler, room, {name: frozenset()}, time.monotonic, nobody)
-    engine.scheduler.waiting.extend(sequences(streams, name, keys, context, steps + WARM_UP))
+    engine.scheduler.waiting.extend(sequences(streams, name, keys, context, steps + WARM_UP + 1))
     while engine.scheduler.waiting or not all(s.decoding for s in engine.scheduler.running):
         engine.step()
     spent: list[float] = []
@@ -92,7 +128,12 @@ def step_seconds(
         engine.step()  # ends with the tokens on the host
         spent.append(time.perf_counter() - started)
     assert len(engine.scheduler.running) == streams, "all streams write to the end"
-    return statistics.median(spent[WARM_UP:])
+    work = None
+    if traced:
+        with profile(activities=[ProfilerActivity.CUDA]) as trace:
+            engine.step()
+        work = DeviceWork.of(trace.events() or ())
+    return statistics.median(spent[WARM_UP:]), work
 
 
 def variant_of(name: str, model: Transformer) -> tuple[Variant | None, KeyView | None]:
@@ -118,6 +159,7 @@ def main() -> None:
     parser.add_argument("--streams", nargs="+", type=int, default=[1, 8, 64, 256])
     parser.add_argument("--context", type=int, default=256, help="tokens of each prompt")
     parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--profile", action="store_true", help="trace one more step of each")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--data-dir", type=Path, default=user_data_path("libration"))
     arguments = parser.parse_args()
@@ -127,20 +169,26 @@ def main() -> None:
     base = load_base(find_base_file(), torch.bfloat16, arguments.data_dir / "cache", arguments.device)
     limit = bandwidth(device)
     print(f"{torch.cuda.get_device_name(device)}, copies at {limit / 1e9:.0f} GB/s\n")
-    print(
-        "| variant | streams | ms a step | tokens/s | MB a step | of the memory limit |\n|---|---|---|---|---|---|"
-    )
+    columns = ["variant", "streams", "ms a step", "tokens/s", "MB a step", "of the memory limit"]
+    columns += ["ms on the device", "kernels"] if arguments.profile else []
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    works: list[tuple[str, DeviceWork]] = []
     for name in arguments.variants:
         variant, keys = variant_of(name, base.transformer)
         for streams in arguments.streams:
-            seconds = step_seconds(
-                base.transformer, name, variant, keys, streams, arguments.context, arguments.steps
-            )
+            given = base.transformer, name, variant, keys, streams, arguments.context, arguments.steps
+            seconds, work = step_seconds(*given, traced=arguments.profile)
             read = bytes_a_step(
                 base.transformer, variant, streams, arguments.context + WARM_UP + arguments.steps // 2
             )
-            cells = f"{1e3 * seconds:.2f} | {streams / seconds:.0f} | {read / 1e6:.0f} | {read / limit / seconds:.0%}"
-            print(f"| {name} | {streams} | {cells} |", flush=True)
+            cells = [name, str(streams), f"{1e3 * seconds:.2f}", f"{streams / seconds:.0f}"]
+            cells += [f"{read / 1e6:.0f}", f"{read / limit / seconds:.0%}"]
+            if work is not None:
+                cells += [f"{work.milliseconds:.2f}", str(work.kernels)]
+                works.append((f"{name}, {streams} streams", work))
+            print(f"| {' | '.join(cells)} |", flush=True)
+    for title, work in works:
+        print(f"\n{work.told(title)}")
 
 
 if __name__ == "__main__":

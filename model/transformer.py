@@ -98,6 +98,8 @@ class RecordedCalls(Protocol):
         self, segments: Sequence[Segment], ordinary: Callable[[Sequence[Segment]], Tensor]
     ) -> Tensor: ...
 
+    def logits(self, hidden: Tensor) -> Tensor | None: ...
+
     def settle(self) -> None: ...
 
 
@@ -269,10 +271,12 @@ class Transformer:
         """Next-token logits of some rows: (n, H) -> (n, V) float32; `written`: of sequences that are being written.
 
         bfloat16 rounds logits near 25 to eighths, which ties the best tokens; the likeliest, and for each row a
-        token that is `wanted` (n), are computed again in float32. Compiled code's need none of that.
+        token that is `wanted` (n), are computed again in float32. Compiled code's and kernels' need none of that.
         """
         if written and self.decoder is not None:
             return self.decoder.logits(hidden)
+        if written and self.graphs is not None and (logits := self.graphs.logits(hidden)) is not None:
+            return logits
         count = len(hidden)
         padding = -count % ROW_MULTIPLE[self.dtype]
         hidden = F.pad(hidden, (0, 0, 0, padding))

@@ -27,18 +27,18 @@ class GraphExperts:
     def __init__(self, experts: Experts):
         self.stacked = experts.stacked  # held: what was recorded has the addresses
         self._activate = experts.activate
-        *self._inner, self._last = (matrix.detach() for matrix in self.stacked.values())
-        self._last_of_all = self._last.transpose(1, 2).flatten(0, 1)  # (E * F, H)
+        *self.inner, self.last = (matrix.detach() for matrix in self.stacked.values())
+        self._last_of_all = self.last.transpose(1, 2).flatten(0, 1)  # (E * F, H)
 
     def mix(self, rows: Tensor, expert_ids: Tensor, gates: Tensor) -> Tensor:
         """rows (R, H), expert_ids and gates (R, K) -> (R, H).
 
         Few rows take copies of just the experts that they selected, many rows all experts with zero gates for the others.
         """
-        num_experts = len(self._last)
+        num_experts = len(self.last)
         if GATHER_COST * expert_ids.numel() <= num_experts:
             return self._of_selected(rows, expert_ids, gates)
-        activations = self._activate(*(F.linear(rows, matrix.flatten(0, 1)) for matrix in self._inner))
+        activations = self._activate(*(F.linear(rows, matrix.flatten(0, 1)) for matrix in self.inner))
         shares = gates.new_zeros(len(rows), num_experts).scatter(1, expert_ids, gates)
         weighted = activations.unflatten(1, (num_experts, -1)) * shares.unsqueeze(-1)  # (R, E, F)
         return weighted.flatten(1) @ self._last_of_all
@@ -48,8 +48,8 @@ class GraphExperts:
         inputs = (
             rows.unsqueeze(1).expand(-1, expert_ids.shape[1], -1).reshape(len(selected), -1, 1)
         )  # (R * K, H, 1)
-        products = (matrix.index_select(0, selected) @ inputs for matrix in self._inner)
-        outputs = self._last.index_select(0, selected) @ self._activate(*products)
+        products = (matrix.index_select(0, selected) @ inputs for matrix in self.inner)
+        outputs = self.last.index_select(0, selected) @ self._activate(*products)
         return (outputs.view(*expert_ids.shape, -1) * gates.unsqueeze(-1)).sum(1)
 
 

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.graphs.attention import Places, attend_pooled
+from model.graphs.batch import COLUMNS, Batch
 from model.graphs.blocks import GraphVariant
 from model.graphs.device import Call, Download, Recorder, upload
 from model.graphs.kv_pool import PooledBudget, PooledCache
+from model.graphs.way import way_on
 from model.transformer import Segment, Transformer, Variant
 
 MAX_ROWS = 256  # of one call; more are cut
@@ -23,7 +24,6 @@ SHORTEST = 256  # positions
 MOST_RECORDINGS = (
     128  # about a megabyte of the device's memory each; beyond, those that were unused longest go
 )
-COLUMNS = ("token", "position", "first_block", "key_slot", "variant")  # of the inputs
 NO_VARIANT = -1
 
 Ordinary = Callable[[Sequence[Segment]], Tensor]
@@ -34,8 +34,7 @@ class Recording:
     """A recorded call and what it fills."""
 
     replay: Call
-    hidden: Tensor  # (R, H)
-    expert_ids: Tensor  # (R, columns): K of each layer with blocks, one variant after another
+    batch: Batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +52,7 @@ class GraphDecoder:
     def __init__(self, model: Transformer):
         self._model = model
         self._pool: PooledBudget | None = None
+        self._way = way_on(model.device)
         self._inputs = torch.zeros(MAX_ROWS, len(COLUMNS), dtype=torch.int64, device=model.device)
         self._variants: dict[int, tuple[Variant, GraphVariant | None]] = {}  # by id; None: not covered
         self._routed: list[Routed] = []
@@ -71,9 +71,11 @@ class GraphDecoder:
 
         Nobody waits for the device here unless a segment asks for its expert ids.
         """
+        present = {id(segment.variant): segment.variant for segment in segments}.values()
+        fitting = {id(v) for v in present if v is None or self._variant(v) is not None}
         mine, others = list[int](), list[int]()
         for i, segment in enumerate(segments):
-            (mine if self._covers(segment) else others).append(i)
+            (mine if id(segment.variant) in fitting and self._covers(segment) else others).append(i)
         parts = [
             self._run([segments[i] for i in mine[at : at + MAX_ROWS]]) for at in range(0, len(mine), MAX_ROWS)
         ]
@@ -85,6 +87,11 @@ class GraphDecoder:
         order = np.argsort(mine + others).tolist()
         return torch.cat(parts)[upload(order, torch.int64, self._model.device)]
 
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor | None:
+        """Next-token logits of written rows: (n, H) -> (n, V) float32; None: they are computed as others are."""
+        return None if self._way.logits is None else self._way.logits(self._model, hidden)
+
     def settle(self) -> None:
         """Count what was routed. Without waiting once somebody has waited for the tokens."""
         routed, self._routed = self._routed, []
@@ -92,6 +99,7 @@ class GraphDecoder:
             _count(batch)
 
     def _covers(self, segment: Segment) -> bool:
+        """If its variant fits."""
         cache = segment.cache
         return (
             isinstance(cache, PooledCache)
@@ -99,7 +107,6 @@ class GraphDecoder:
             and segment.trace is None
             and segment.forced is None
             and segment.offsets is None
-            and (segment.variant is None or self._variant(segment.variant) is not None)
         )
 
     def _variant(self, variant: Variant) -> GraphVariant | None:
@@ -141,49 +148,19 @@ class GraphDecoder:
         recording.replay()
         if variants:
             routed = Routed(
-                segments, list(variants.values()), Download(recording.expert_ids[: len(segments)])
+                segments, list(variants.values()), Download(recording.batch.expert_ids[: len(segments)])
             )
             self._routed.append(routed)
-        return recording.hidden[: len(segments)].clone()
+        return recording.batch.hidden[: len(segments)].clone()
 
     def _record(self, rows: int, length: int, variants: dict[int, GraphVariant], *, alike: bool) -> Recording:
         """`alike`: all rows are of one variant or of none."""
         model, pool = self._model, self._pool
         assert pool is not None, "no pool of keys and values"
-        inputs = self._inputs[:rows]
-        hidden_out = torch.empty(rows, model.config.hidden_size, device=model.device)
-        columns = sum(
-            v.variant.blocks[at].config.num_experts_per_tok for v in variants.values() for at in v.layers
-        )
-        ids_out = torch.empty(rows, columns, dtype=torch.int64, device=model.device)
-
-        def compute() -> None:
-            tokens, positions, first_blocks, slots, numbers = inputs.unbind(1)
-            places = Places.of(positions, first_blocks, length, model.dtype)
-            own = {number: (numbers == number).unsqueeze(1) for number in variants}
-            rope = model.rope_at(positions)
-            hidden = model.embed(tokens)
-            selected: dict[int, list[Tensor]] = {number: [] for number in variants}
-            for index, layer in enumerate(model.layers):
-                hidden = model.layer(
-                    hidden,
-                    layer,
-                    rope,
-                    lambda q, k, v, index=index: attend_pooled(
-                        q, k, v, pool.keys[index], pool.values[index], places
-                    ),
-                )
-                for number, variant in variants.items():
-                    if index in variant.layers:
-                        contribution, expert_ids = variant.run(index, hidden, slots)
-                        with_block = hidden + contribution
-                        hidden = with_block if alike else torch.where(own[number], with_block, hidden)
-                        selected[number].append(expert_ids)
-            hidden_out.copy_(hidden)
-            if columns:
-                torch.cat([ids for of_variant in selected.values() for ids in of_variant], 1, out=ids_out)
-
-        return Recording(self._recorder.capture(compute), hidden_out, ids_out)
+        hidden_size = model.config.hidden_size
+        batch = Batch.over(self._inputs[:rows], length, variants, hidden_size, alike=alike)
+        run_layers = self._way.run_layers
+        return Recording(self._recorder.capture(lambda: run_layers(model, pool, batch)), batch)
 
 
 def _key_slots(segments: Sequence[Segment], variants: dict[int, GraphVariant]) -> list[int]:
@@ -205,14 +182,14 @@ def _count(batch: Routed) -> None:
     host, column = batch.expert_ids.result().numpy(), 0
     for variant in batch.variants:
         rows = [i for i, segment in enumerate(batch.segments) if segment.variant is variant.variant]
+        routed_rows = (batch.segments[row].routed for row in rows)
+        asking = [(place, routed) for place, routed in enumerate(routed_rows) if routed is not None]
         for layer in sorted(variant.layers):
             end = column + variant.variant.blocks[layer].config.num_experts_per_tok
             expert_ids = host[rows, column:end]
             variant.variant.usage.add(layer, expert_ids, decode=True)
-            for row, ids in zip(rows, expert_ids, strict=True):
-                routed = batch.segments[row].routed
-                if routed is not None:
-                    routed.append(ids[None])
+            for place, routed in asking:
+                routed.append(expert_ids[place][None])
             column = end
 
 

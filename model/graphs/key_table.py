@@ -29,13 +29,15 @@ class KeyTable:
     def slots_of(self, views: Sequence[KeyView]) -> list[int]:
         """A slot for the view of each row, up to S different ones, with its keys in it."""
         self._batch += 1
-        for view in views:
+        different = {id(view): view for view in views}
+        for view in different.values():
             if view in self._slots:
                 self._used_at[self._slots[view]] = self._batch
-        for view in views:
+        for view in different.values():
             if view not in self._slots:
                 self._fill(view)
-        return [self._slots[view] for view in views]
+        slots = {number: self._slots[view] for number, view in different.items()}
+        return [slots[id(view)] for view in views]
 
     def _fill(self, view: KeyView) -> None:
         slot = min(range(len(self._used_at)), key=self._used_at.__getitem__)

@@ -25,7 +25,8 @@ class Choice:
 
 def choose(sequences: list[Sequence], logits: Tensor) -> Iterator[Choice]:
     """One choice for each sequence and its row of logits (n, V) float32."""
-    together = [pays(logits) and _is_plain(sequence) for sequence in sequences]
+    all_together = pays(logits)
+    together = [all_together and _is_plain(sequence) for sequence in sequences]
     temperatures, numbers = [0.0] * len(sequences), [0.0] * len(sequences)
     for i, sequence in enumerate(sequences):
         if together[i] and sequence.generator is not None:
@@ -40,7 +41,7 @@ def choose(sequences: list[Sequence], logits: Tensor) -> Iterator[Choice]:
         except GrammarExhausted:
             yield Choice(sequence, None, failure="too_complex")
             continue
-        yield Choice(sequence, token_id, _scores(sequence, logits[i], token_id))
+        yield Choice(sequence, token_id, _scores(sequence, logits, i, token_id))
 
 
 def _is_plain(sequence: Sequence) -> bool:
@@ -67,8 +68,10 @@ def _next_token(sequence: Sequence, logits: Tensor, likeliest: int) -> int:
     return token_id
 
 
-def _scores(sequence: Sequence, logits: Tensor, token_id: int) -> tuple[TokenScore, ...]:
+def _scores(sequence: Sequence, logits: Tensor, row: int, token_id: int) -> tuple[TokenScore, ...]:
+    """What a sequence that asks for it is told of its row of logits (n, V)."""
     top = sequence.report.top_logprobs
     if top is None:
         return ()
-    return tuple(score_tokens(logits.unsqueeze(0), torch.tensor([token_id], device=logits.device), top))
+    own = logits[row : row + 1]
+    return tuple(score_tokens(own, torch.tensor([token_id], device=logits.device), top))
