@@ -10,8 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.attention import rotate
-from model.config import ModelConfig
 from model.kv_cache import POSITION_BLOCK
 
 
@@ -58,21 +56,3 @@ def attend_pooled(
         query.unflatten(1, (kv_heads, -1)), of_rows(keys, key), of_rows(values, value), attn_mask=places.mask
     )  # (R, G, Q / G, D)
     return result.flatten(1)
-
-
-def attend_unrotated(
-    qkv: Tensor,
-    rope: tuple[Tensor, Tensor],
-    positions: Tensor,
-    first_blocks: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    length: int,
-    config: ModelConfig,
-) -> Tensor:
-    """`attend_pooled` with what comes before it, as the kernel takes it: model.graphs.kernels.attention."""
-    heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    query, key, value = qkv.unflatten(1, (-1, head_dim)).split([heads, kv_heads, kv_heads], dim=1)
-    cos, sin = (table[positions].unsqueeze(1) for table in rope)
-    places = Places.of(positions, first_blocks, length, qkv.dtype)
-    return attend_pooled(rotate(query, cos, sin), rotate(key, cos, sin), value, keys, values, places)

@@ -6,17 +6,17 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from model.attention import rope_table
+from model.attention import rope_table, rotate
 from model.blocks.routing import top_k_of_softmax
 from model.checkpoints.load import assemble
 from model.graphs import decoder
-from model.graphs.attention import attend_unrotated
+from model.graphs.attention import Places, attend_pooled
 from model.graphs.blocks import GraphExperts
 from model.graphs.decoder import GraphDecoder
 from model.graphs.kv_pool import PooledBudget
 from model.graphs.way import IN_TORCH, Way
 
-PLACES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+PLACES = [pytest.param("cpu", marks=pytest.mark.kernels), pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = (torch.float32, torch.bfloat16)
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 
@@ -29,12 +29,10 @@ def interpreted(device, monkeypatch):
     if device != "cpu":
         return
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    pytest.importorskip("triton", reason="`make test-kernels` installs it")
     from triton.language import bfloat16, cumsum, float32
     from triton.runtime import interpreter
 
-    if not isinstance(cumsum, interpreter.InterpretedFunction):
-        pytest.skip("somebody imported triton as a compiler: `make test-kernels`")
+    assert isinstance(cumsum, interpreter.InterpretedFunction), "somebody imported triton as a compiler"
     product, patch = interpreter.InterpreterBuilder.create_dot, interpreter._patch_lang_tensor
 
     def of_numbers(builder, a, b, *rest):
@@ -101,6 +99,15 @@ def test_logits_are_not_rounded(device, normal, tiny, random_weights, monkeypatc
     normed = torch.nn.functional.rms_norm(hidden, hidden.shape[1:], model.final_norm, config.rms_norm_eps)
     logits = layers.logits(model, hidden)
     assert_close(logits, normed @ model.head.float().T, atol=1e-4, rtol=1e-4)
+
+
+def attend_unrotated(qkv, rope, positions, first_blocks, keys, values, length, config):
+    """`attend_pooled` with what comes before it, as the kernel takes it."""
+    heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    query, key, value = qkv.unflatten(1, (-1, head_dim)).split([heads, kv_heads, kv_heads], dim=1)
+    cos, sin = (table[positions].unsqueeze(1) for table in rope)
+    places = Places.of(positions, first_blocks, length, qkv.dtype)
+    return attend_pooled(rotate(query, cos, sin), rotate(key, cos, sin), value, keys, values, places)
 
 
 @pytest.mark.parametrize(

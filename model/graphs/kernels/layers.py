@@ -9,7 +9,6 @@ from torch import Tensor
 
 from model.blocks.moe import MoeBlock
 from model.blocks.some import SomeBlock
-from model.graphs.attention import attend_unrotated as attend_in_torch
 from model.graphs.batch import Batch
 from model.graphs.blocks import GraphVariant
 from model.graphs.kernels.attention import attend
@@ -19,9 +18,6 @@ from model.graphs.kernels.routing import choose
 from model.graphs.kv_pool import PooledBudget
 from model.transformer import LayerWeights, Transformer
 
-# False: torch's operations in their place, to tell where a difference comes from.
-ATTENTION = EXPERTS = True
-
 
 def run_layers(model: Transformer, pool: PooledBudget, batch: Batch) -> None:
     """Fill the batch's hidden states and expert ids."""
@@ -30,8 +26,7 @@ def run_layers(model: Transformer, pool: PooledBudget, batch: Batch) -> None:
     hidden = batch.hidden.copy_(F.embedding(tokens, model.embedding))
     first_column = _first_columns(batch)
     for index, layer in enumerate(model.layers):
-        attend_now = attend if ATTENTION else attend_in_torch
-        attended = attend_now(
+        attended = attend(
             _projections(hidden, layer, model),
             (model.cos, model.sin),
             positions,
@@ -48,12 +43,7 @@ def run_layers(model: Transformer, pool: PooledBudget, batch: Batch) -> None:
                 first = first_column[number, index]
                 per_row = variant.variant.blocks[index].config.num_experts_per_tok
                 expert_ids = batch.expert_ids[:, first : first + per_row]
-                if EXPERTS:
-                    _add_block(hidden, variant, index, slots, expert_ids, own[number])
-                else:
-                    contribution, chosen = variant.run(index, hidden, slots)
-                    expert_ids.copy_(chosen)
-                    hidden.copy_(torch.where(own[number].unsqueeze(1), hidden + contribution, hidden))
+                _add_block(hidden, variant, index, slots, expert_ids, own[number])
 
 
 def logits(model: Transformer, hidden: Tensor) -> Tensor:
