@@ -33,10 +33,11 @@ def teach(server, tokens=5000, **body):
 
 
 def settled(server):
-    """Learning follows the answer: it is over when nothing has been published for a while."""
+    """Learning follows the answer: it is over when nothing waits and nothing has been published for a while."""
     before = metric(server, "libration_key_updates_total")
     time.sleep(0.5)
-    return metric(server, "libration_key_updates_total") == before
+    waiting = metric(server, "libration_credit_waiting_tokens")
+    return not waiting and metric(server, "libration_key_updates_total") == before
 
 
 def wait_until(condition, timeout_s=10.0):
@@ -62,15 +63,20 @@ def metric(server, name, **labels):
 VARIANTS = ("some", "moe", "mom", "fm-moe", "dense")
 
 
-def test_a_stranger_gets_paris_from_every_endpoint_by_model_and_by_base_url(start):
-    server = start()
+@pytest.fixture(scope="module")
+def shared(start_for_module):
+    """A server for the tests that leave no mark on it."""
+    return start_for_module("shared")
+
+
+def test_a_stranger_gets_paris_from_every_endpoint_by_model_and_by_base_url(shared):
     for phase in ("import", "load", "listen"):
-        assert metric(server, "libration_startup_seconds", phase=phase) > 0
+        assert metric(shared, "libration_startup_seconds", phase=phase) > 0
     for name in VARIANTS:
-        assert "Paris" in text_of(server.chat(name, PARIS))
+        assert "Paris" in text_of(shared.chat(name, PARIS))
         for client, model in (
-            (OpenAI(base_url=f"{server.url}/v1", api_key="none"), name),
-            (OpenAI(base_url=f"{server.url}/{name}/v1", api_key="none"), name),
+            (OpenAI(base_url=f"{shared.url}/v1", api_key="none"), name),
+            (OpenAI(base_url=f"{shared.url}/{name}/v1", api_key="none"), name),
         ):
             with client:
                 stream = client.chat.completions.create(
@@ -91,12 +97,11 @@ def test_a_stranger_gets_paris_from_every_endpoint_by_model_and_by_base_url(star
                     )
 
 
-def test_eight_streams_at_once_equal_their_single_stream_text(start):
-    server = start()
+def test_eight_streams_at_once_equal_their_single_stream_text(shared):
     asked = list(zip(itertools.cycle(VARIANTS), QUESTIONS, strict=False))  # all variants in one batch
 
     def answer(item):
-        return text_of(server.chat(*item, plasticity="off", max_tokens=40))
+        return text_of(shared.chat(*item, plasticity="off", max_tokens=40))
 
     alone = [answer(item) for item in asked]
     with ThreadPoolExecutor(8) as pool:
@@ -191,9 +196,8 @@ def test_sessions_learn_for_themselves_alone(start):
     assert (answer["key_version"], answer["scope"]) == (0, "session:default/two")
 
 
-def test_a_prompt_over_the_context_is_a_400_that_names_the_limit(start):
-    server = start()
-    response = server.client.post(
+def test_a_prompt_over_the_context_is_a_400_that_names_the_limit(shared):
+    response = shared.client.post(
         "/v1/completions", json={"model": "some", "prompt": [5] * 9000, "max_tokens": 1}
     )
     assert response.status_code == 400
@@ -203,8 +207,7 @@ def test_a_prompt_over_the_context_is_a_400_that_names_the_limit(start):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_frees_its_slot_within_a_second(start, stream):
-    server = start()
+def test_a_client_that_leaves_frees_its_slot_within_a_second(shared, stream):
     body = {
         "model": "some",
         "prompt": "Once upon a time",
@@ -212,17 +215,17 @@ def test_a_client_that_leaves_frees_its_slot_within_a_second(start, stream):
         "ignore_eos": True,
         "stream": stream,
     }
-    leaving = httpx.Client(base_url=server.url, timeout=0.7 if not stream else 30)
+    leaving = httpx.Client(base_url=shared.url, timeout=0.7 if not stream else 30)
     if stream:
         with leaving.stream("POST", "/v1/completions", json=body) as response:
             next(response.iter_lines())
-            assert metric(server, "libration_requests_running") == 1
+            assert metric(shared, "libration_requests_running") == 1
     else:
         with pytest.raises(httpx.ReadTimeout):
             leaving.post("/v1/completions", json=body)
     leaving.close()
-    wait_until(lambda: metric(server, "libration_requests_running") == 0, timeout_s=1.0)
-    assert "libration_kv_cache_usage_ratio 0.0" in server.client.get("/metrics").text
+    wait_until(lambda: metric(shared, "libration_requests_running") == 0, timeout_s=1.0)
+    assert "libration_kv_cache_usage_ratio 0.0" in shared.client.get("/metrics").text
 
 
 def test_sigterm_lets_a_stream_finish_flushes_learning_and_exits_0(start):
