@@ -45,6 +45,12 @@ class Anchors:
     def __init__(self, blocks: dict[int, Any]):
         self._indexes = {layer: KeyIndex(block.anchors.numpy()) for layer, block in blocks.items()}
 
+    def keys_of(self, layer: int) -> Any:
+        return self._indexes[layer].keys
+
+    def visible_ids(self, layer: int) -> None:
+        return None
+
     def search(self, layer: int, queries: Any, k: int) -> Any:
         return self._indexes[layer].search(queries, k)
 

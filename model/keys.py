@@ -20,11 +20,11 @@ class KeyView(Protocol):
     def version(self) -> int: ...
 
     def keys_of(self, layer: int) -> Float32Array:
-        """Keys of a layer, shape (experts, key_size)."""
+        """Keys of a layer, shape (experts, key_size), contiguous; the same array as long as the version is there."""
         ...
 
     def visible_ids(self, layer: int) -> Int64Array | None:
-        """Rising ids of the experts that may be found; None: all."""
+        """Rising ids of the experts that may be found, as `keys_of` always the same array; None: all."""
         ...
 
     def search(self, layer: int, queries: Float32Array, k: int) -> tuple[Float32Array, Int64Array]:

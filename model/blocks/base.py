@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from model.blocks.experts import compiles, padded_linear
+from model.blocks.compiled_weights import CompiledWeights
+from model.blocks.experts import Experts, Stacked, compiles, padded_linear
 from model.blocks.recent_routing import RecentRouting
 from model.errors import UnsupportedConfig
 from model.keys import KeyView
@@ -141,10 +142,18 @@ class ExpertBlock(nn.Module):
         check_sizes(config)
         self.config = config
         self.norm = nn.Parameter(torch.ones(config.hidden_size))
+        self._frozen_weights: tuple[Stacked, CompiledWeights | None] | None = None
 
     @abstractmethod
     def serve(self, hidden: Tensor, layer: int, spans: Sequence[BlockSpan], usage: ExpertUsage) -> Tensor:
         """The block's contribution to `hidden` (T, H), same shape, float32; records usage and traces."""
+
+    def compiled(self, layer: int, keys: KeyView | None) -> tuple[int, ...] | None:
+        """What compiled code needs to know of the block for a row that sees these keys (model.native.routed).
+
+        The addresses hold as long as block and keys are there. None: such a row goes through `serve`.
+        """
+        return None
 
     @abstractmethod
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,6 +162,15 @@ class ExpertBlock(nn.Module):
     @abstractmethod
     def active_parameters(self) -> int:
         """How many parameters one token passes through."""
+
+    def compiled_weights(self, matrix: Tensor, experts: Experts, *, over_all: bool) -> CompiledWeights | None:
+        """The block's frozen weights for compiled code, converted once for as long as nobody adds experts."""
+        stacked = experts.stacked
+        if self._frozen_weights is None or self._frozen_weights[0] is not stacked:
+            config = self.config
+            given = (self.norm, config.rms_norm_eps, matrix, experts, config.num_experts_per_tok)
+            self._frozen_weights = stacked, CompiledWeights.of(*given, over_all=over_all)
+        return self._frozen_weights[1]
 
     def normed(self, hidden: Tensor) -> Tensor:
         """RMSNorm(hidden) in float32."""

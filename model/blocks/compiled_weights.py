@@ -1,0 +1,63 @@
+"""A routed block's weights as compiled code reads them (model.native.routed).
+
+E experts, F expert width, H hidden, N outputs of the router or query.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from model.blocks.experts import Experts
+from model.keys import KeyView
+
+LARGEST_KEYS = 65_536  # numbers of a layer's keys that are all looked at
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledWeights:
+    """Copies in half the memory, one expert's matrices beside each other; their addresses and sizes are `about` them."""
+
+    about: tuple[int, ...]
+    arrays: tuple[NDArray[np.generic], ...]
+
+    @classmethod
+    def of(
+        cls, norm: Tensor, eps: float, matrix: Tensor, experts: Experts, per_token: int, *, over_all: bool
+    ) -> "CompiledWeights | None":
+        """Of norm (H), matrix (N, H) and experts, gates being shares of all experts or of the K that were chosen.
+
+        None: they train, are elsewhere, or bfloat16 cannot hold them as they are.
+        """
+        *inner, last = experts.stacked.values()
+        given = (norm, matrix, *inner, last)
+        if any(p.requires_grad or p.dtype != torch.float32 or p.device.type != "cpu" for p in given):
+            return None
+        together = torch.stack([*inner, last.transpose(1, 2)], dim=2)  # (E, F, parts, H)
+        rounded = [weights.bfloat16() for weights in (matrix.detach(), together)]
+        if not (torch.equal(rounded[0].float(), matrix) and torch.equal(rounded[1].float(), together)):
+            return None
+        weight = norm.detach().numpy().copy()
+        outputs, stacked = (bits.view(torch.int16).numpy().view(np.uint16) for bits in rounded)
+        about = (
+            weight.ctypes.data,
+            int(np.float32(eps).view(np.uint32)),
+            outputs.ctypes.data,
+            len(outputs),
+            stacked.ctypes.data,
+            *stacked.shape[1:3],
+            per_token,
+            int(over_all),
+        )
+        return cls(about, (weight, outputs, stacked))
+
+
+def about_keys(keys: KeyView, layer: int, per_token: int) -> tuple[int, int, int] | None:
+    """Addresses of a version's keys and of the ids that may be found, and their number. None: too many, or too few."""
+    rows, ids = keys.keys_of(layer), keys.visible_ids(layer)
+    found = len(rows) if ids is None else len(ids)
+    if rows.size > LARGEST_KEYS or found < per_token:
+        return None
+    return rows.ctypes.data, 0 if ids is None else ids.ctypes.data, found
