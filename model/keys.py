@@ -14,7 +14,7 @@ Int64Array = NDArray[np.int64]
 
 
 class KeyView(Protocol):
-    """One immutable version of the routing keys of every plastic layer."""
+    """One immutable version of the routing keys of every plastic layer; each is itself alone, and can be referred to weakly."""
 
     @property
     def version(self) -> int: ...

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from model.attention import AttentionSpan, attend_cached, block_masks, rope_table, rotate
 from model.blocks.base import BlockSpan, RoutingTrace
-from model.blocks.compiled_rows import About, BlockRows, CompiledRows, Variant, about_blocks
+from model.blocks.compiled_rows import BlockRows, CompiledRows, Variant, about_blocks
 from model.config import ModelConfig
 from model.keys import KeyView
 from model.kv_cache import CacheBudget, SequenceCache
@@ -109,6 +109,7 @@ class Transformer:
         self.final_norm = final_norm
         self.decoder = decoder
         self.graphs: RecordedCalls | None = None
+        self._passes: CompiledRows | None = None  # of the last step
         self.cos, self.sin = rope_table(config, embedding.device)
         self.reader: Reader | None = None  # the way of prompt rows, of the decoder's weights
         if decoder is not None and readable(decoder.matrices[:-1], config.head_dim):
@@ -164,14 +165,15 @@ class Transformer:
         positions = [segment.start for segment in segments]
         caches = [segment.cache for segment in segments]
         groups = _plan_blocks(segments, compiled=True)
-        passes = CompiledRows(groups, len(self.layers))
+        passes = CompiledRows(groups, len(self.layers), len(segments), self._passes)
+        self._passes = passes
         done = 0
         for index in _block_layers(groups):
             self.decoder.layers(done, index + 1, hidden, positions, caches, passes.table)
             _run_blocks(hidden, index, groups)
             done = index + 1
         self.decoder.layers(done, len(self.layers), hidden, positions, caches, passes.table)
-        passes.record()
+        passes.record(groups)
         return hidden
 
     @torch.inference_mode()
@@ -314,17 +316,12 @@ def _cut(spans: Sequence[tuple[int, int, SequenceCache]]) -> list[tuple[int, int
 def _plan_blocks(segments: Sequence[Segment], *, compiled: bool = False) -> list[BlockRows]:
     """Each variant's rows, those that are being written apart, and with `compiled` those of each version of the keys."""
     groups: list[BlockRows] = []
-    known: dict[tuple[int, int], About | None] = {}
     row = 0
     for segment in segments:
         length = len(segment.token_ids)
         if segment.variant is not None:
-            about = None
-            if compiled and segment.plain:
-                sees = id(segment.variant), id(segment.keys)
-                if sees not in known:
-                    known[sees] = about_blocks(segment.variant, segment.keys)
-                about = known[sees]
+            takes = compiled and segment.plain
+            about = about_blocks(segment.variant, segment.keys) if takes else None
             last = groups[-1] if groups else None
             alike = (
                 last is not None

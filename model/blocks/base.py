@@ -1,8 +1,7 @@
 """What every expert block has in common: its configuration, its rows of a batch, and what it leaves behind."""
 
-import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -12,9 +11,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from model.blocks.compiled_weights import CompiledWeights
-from model.blocks.experts import Experts, Stacked, compiles, padded_linear
-from model.blocks.recent_routing import RecentRouting
+from model.blocks.compiled_weights import CompiledWeights, FoundKeys
+from model.blocks.experts import Experts, compiles, padded_linear
+from model.blocks.usage import ExpertUsage
 from model.errors import UnsupportedConfig
 from model.keys import KeyView
 from model.native.experts import project
@@ -82,55 +81,6 @@ class BlockSpan:
     offsets: Mapping[int, Tensor] | None = None  # the session's value offsets (E, H) by layer
 
 
-class ExpertUsage:
-    """Tokens per (phase, layer, expert) since the start. Written by the engine thread, read by anybody.
-
-    Layers may have different numbers of experts: what a layer does not have stays 0 in `counts`.
-    """
-
-    PHASES = ("prefill", "decode")
-
-    def __init__(
-        self,
-        layers: Sequence[int],
-        num_experts: int,
-        num_experts_per_tok: int,
-        clock: Callable[[], float] = time.monotonic,
-    ):
-        self.layers = tuple(layers)
-        self.num_experts_per_tok = num_experts_per_tok
-        self._index = {layer: i for i, layer in enumerate(self.layers)}
-        self.counts: NDArray[np.int64] = np.zeros((2, len(self.layers), num_experts), dtype=np.int64)
-        self._num_experts = dict.fromkeys(self.layers, num_experts)
-        self.recent = {layer: RecentRouting(num_experts, num_experts_per_tok, clock) for layer in self.layers}
-
-    @classmethod
-    def of(cls, config: BlockConfig) -> "ExpertUsage":
-        return cls(config.layers, config.num_experts, config.num_experts_per_tok)
-
-    def of_layer(self, layer: int) -> NDArray[np.int64]:
-        """A copy of one layer's counts: (phases, experts of the layer)."""
-        num_experts = self._num_experts[layer]  # read first: `resize` writes it last
-        return self.counts[:, self._index[layer], :num_experts].copy()
-
-    def resize(self, num_experts: Mapping[int, int]) -> None:
-        """From now on these layers have so many experts; on the thread that adds. Readers keep whole arrays."""
-        sizes = {**self._num_experts, **num_experts}
-        counts = np.zeros((2, len(self.layers), max(sizes.values())), dtype=np.int64)
-        for layer, size in sizes.items():
-            kept = min(size, self._num_experts[layer])
-            counts[:, self._index[layer], :kept] = self.counts[:, self._index[layer], :kept]
-        self.counts = counts
-        for layer, size in num_experts.items():
-            self.recent[layer].resize(size)
-        self._num_experts = sizes
-
-    def add(self, layer: int, expert_ids: NDArray[np.int64], *, decode: bool) -> None:
-        row = self.counts[int(decode), self._index[layer]]
-        row += np.bincount(expert_ids.ravel(), minlength=len(row))
-        self.recent[layer].add(expert_ids)
-
-
 class ExpertBlock(nn.Module):
     """A residual block behind a layer's FFN: `hidden + block(hidden)`. Blocks compute in float32."""
 
@@ -142,16 +92,16 @@ class ExpertBlock(nn.Module):
         check_sizes(config)
         self.config = config
         self.norm = nn.Parameter(torch.ones(config.hidden_size))
-        self._frozen_weights: tuple[Stacked, CompiledWeights | None] | None = None
+        self._frozen_weights: CompiledWeights | None = None
 
     @abstractmethod
     def serve(self, hidden: Tensor, layer: int, spans: Sequence[BlockSpan], usage: ExpertUsage) -> Tensor:
         """The block's contribution to `hidden` (T, H), same shape, float32; records usage and traces."""
 
-    def compiled(self, layer: int, keys: KeyView | None) -> tuple[int, ...] | None:
-        """What compiled code needs to know of the block for a row that sees these keys (model.native.routed).
+    def compiled(self, layer: int, keys: KeyView | None) -> tuple[CompiledWeights, FoundKeys] | None:
+        """What compiled code needs of the block for a row that sees these keys (model.native.routed).
 
-        The addresses hold as long as block and keys are there. None: such a row goes through `serve`.
+        None: such a row goes through `serve`.
         """
         return None
 
@@ -165,12 +115,12 @@ class ExpertBlock(nn.Module):
 
     def compiled_weights(self, matrix: Tensor, experts: Experts, *, over_all: bool) -> CompiledWeights | None:
         """The block's frozen weights for compiled code, converted once for as long as nobody adds experts."""
-        stacked = experts.stacked
-        if self._frozen_weights is None or self._frozen_weights[0] is not stacked:
+        known = self._frozen_weights
+        if known is None or not known.in_force:
             config = self.config
             given = (self.norm, config.rms_norm_eps, matrix, experts, config.num_experts_per_tok)
-            self._frozen_weights = stacked, CompiledWeights.of(*given, over_all=over_all)
-        return self._frozen_weights[1]
+            known = self._frozen_weights = CompiledWeights.of(*given, over_all=over_all)
+        return known
 
     def normed(self, hidden: Tensor) -> Tensor:
         """RMSNorm(hidden) in float32."""
@@ -242,7 +192,7 @@ def record_routing(
     for rows, decode in ((slice(0, written), True), (slice(written, None), False)):
         selected = host[rows] if counted is None else host[rows][counted[rows]]
         if len(selected):
-            usage.add(layer, selected, decode=decode)
+            usage.add((layer,), selected[None], decode=decode)
     for span in spans:
         if span.routed is not None:
             span.routed.append(host[span.first : span.end])

@@ -10,10 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.blocks.experts import Experts
+from model.blocks.experts import Experts, Stacked
 from model.keys import KeyView
 
 LARGEST_KEYS = 65_536  # numbers of a layer's keys that are all looked at
+FoundKeys = tuple[int, int, int]  # addresses of keys and of the ids that may be found, and their number
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,13 @@ class CompiledWeights:
 
     about: tuple[int, ...]
     arrays: tuple[NDArray[np.generic], ...]
+    experts: Experts
+    stacked: Stacked
+
+    @property
+    def in_force(self) -> bool:
+        """Whether the experts are those that were copied."""
+        return self.experts.stacked is self.stacked
 
     @classmethod
     def of(
@@ -31,7 +39,8 @@ class CompiledWeights:
 
         None: they train, are elsewhere, or bfloat16 cannot hold them as they are.
         """
-        *inner, last = experts.stacked.values()
+        stacked = experts.stacked
+        *inner, last = stacked.values()
         given = (norm, matrix, *inner, last)
         if any(p.requires_grad or p.dtype != torch.float32 or p.device.type != "cpu" for p in given):
             return None
@@ -40,22 +49,22 @@ class CompiledWeights:
         if not (torch.equal(rounded[0].float(), matrix) and torch.equal(rounded[1].float(), together)):
             return None
         weight = norm.detach().numpy().copy()
-        outputs, stacked = (bits.view(torch.int16).numpy().view(np.uint16) for bits in rounded)
+        outputs, matrices = (bits.view(torch.int16).numpy().view(np.uint16) for bits in rounded)
         about = (
             weight.ctypes.data,
             int(np.float32(eps).view(np.uint32)),
             outputs.ctypes.data,
             len(outputs),
-            stacked.ctypes.data,
-            *stacked.shape[1:3],
+            matrices.ctypes.data,
+            *matrices.shape[1:3],
             per_token,
             int(over_all),
         )
-        return cls(about, (weight, outputs, stacked))
+        return cls(about, (weight, outputs, matrices), experts, stacked)
 
 
-def about_keys(keys: KeyView, layer: int, per_token: int) -> tuple[int, int, int] | None:
-    """Addresses of a version's keys and of the ids that may be found, and their number. None: too many, or too few."""
+def found_keys(keys: KeyView, layer: int, per_token: int) -> FoundKeys | None:
+    """Where a version's keys are, as long as it is there. None: too many, or too few."""
     rows, ids = keys.keys_of(layer), keys.visible_ids(layer)
     found = len(rows) if ids is None else len(ids)
     if rows.size > LARGEST_KEYS or found < per_token:

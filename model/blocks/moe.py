@@ -19,6 +19,7 @@ from model.blocks.base import (
     forced_rows,
     record_routing,
 )
+from model.blocks.compiled_weights import CompiledWeights, FoundKeys
 from model.blocks.experts import EXPERT_FORMS, compiles, padded_linear
 from model.blocks.routing import switch_auxiliary_loss, top_k_of_softmax
 from model.keys import KeyView
@@ -56,10 +57,10 @@ class MoeBlock(ExpertBlock):
         record_routing(usage, layer, expert_ids, spans)
         return combined
 
-    def compiled(self, layer: int, keys: KeyView | None) -> tuple[int, ...] | None:
+    def compiled(self, layer: int, keys: KeyView | None) -> tuple[CompiledWeights, FoundKeys] | None:
         over_all = not self.config.norm_topk_prob
         weights = self.compiled_weights(self.router, self.experts, over_all=over_all)
-        return None if weights is None else (*weights.about, 0, 0, self.config.num_experts)
+        return None if weights is None else (weights, (0, 0, self.config.num_experts))
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         combined, router_logits, expert_ids = self._route(self.normed(hidden).flatten(0, 1))

@@ -22,7 +22,7 @@ from model.blocks.base import (
     check_choice,
     record_routing,
 )
-from model.blocks.compiled_weights import about_keys
+from model.blocks.compiled_weights import CompiledWeights, FoundKeys, found_keys
 from model.blocks.experts import EXPERT_FORMS, padded_linear
 from model.blocks.routing import switch_auxiliary_loss
 from model.errors import UnsupportedConfig
@@ -97,13 +97,13 @@ class SomeBlock(ExpertBlock):
                     span.trace.entry = hidden[rows].clone()
         return combined
 
-    def compiled(self, layer: int, keys: KeyView | None) -> tuple[int, ...] | None:
+    def compiled(self, layer: int, keys: KeyView | None) -> tuple[CompiledWeights, FoundKeys] | None:
         assert keys is not None, "a plastic layer needs a key view"
         if self.query_proj is None:
             return None
         weights = self.compiled_weights(self.query_proj, self.experts, over_all=False)
-        seen = about_keys(keys, layer, self.config.num_experts_per_tok)
-        return None if weights is None or seen is None else (*weights.about, *seen)
+        found = found_keys(keys, layer, self.config.num_experts_per_tok)
+        return None if weights is None or found is None else (weights, found)
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         mixture = self.mix(self.normed(hidden), self.anchors)

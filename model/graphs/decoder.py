@@ -208,7 +208,7 @@ def _count(batch: Routed) -> None:
         for layer in sorted(variant.layers):
             end = column + variant.variant.blocks[layer].config.num_experts_per_tok
             expert_ids = host[rows, column:end]
-            variant.variant.usage.add(layer, expert_ids, decode=True)
+            variant.variant.usage.add((layer,), expert_ids[None], decode=True)
             for row, ids in zip(rows, expert_ids, strict=True):
                 routed = batch.segments[row].routed
                 if routed is not None:

@@ -12,7 +12,7 @@ from numba import njit
 
 from model.native.attention import attend, bfloat16_of, cached
 from model.native.product import product_4bit, product_8bit
-from model.native.routed import ROW, add_block
+from model.native.routed import NORM, add_block
 from model.native.rows import norm, quantise, rotate, silu_product
 from model.native.sharing import GONE, close, finish, offer, rest, sent_home, take, wait_for
 from model.native.tiles import GROUP, group_bytes
@@ -62,8 +62,9 @@ def do_piece(kind, layer, piece, hidden, place, matrices, blocks, head, room, ro
             product_4bit(packed, first, last, quants, sums, out)
         return
     if kind == BLOCK:
-        at = blocks[0][layer] + piece
-        add_block(blocks[1][at], hidden[blocks[1][at, ROW]], blocks[2][at])
+        about = blocks[1][blocks[0][layer], piece]
+        if about[NORM] != 0:
+            add_block(about, hidden[piece], blocks[2][blocks[0][layer], piece])
         return
     head_dim, (positions, caches) = 2 * cos.shape[1], place
     if kind == PLACE:
@@ -109,8 +110,8 @@ def job_of(step, first, steps):
 def work(board, leads, first, last, hidden, place, matrices, blocks, head, room, rope, heads, kv_heads):
     """Rows (R, H) through layers `first` to `last` - 1, in place, then through the head if logits (R, V) are given.
 
-    Behind each layer come the expert blocks of some rows (model.native.routed): where each layer's begin (L + 1), what
-    there is to know of each, and what it chose.
+    Behind a layer come the expert blocks of some rows (model.native.routed): where in what follows each layer is (L; -1:
+    nowhere), what there is to know of each row's (B, R, COLUMNS), zeros where there is none, and what it chose (B, R, K + 1).
     Rows may belong to one sequence: each sees those before it. One thread leads, others may follow on the same board;
     they return when all is done.
     """
@@ -139,7 +140,7 @@ def work(board, leads, first, last, hidden, place, matrices, blocks, head, room,
                 return
             kind, layer = job_of(step, first, layer_jobs)
             pieces = PIECES if kind >= QKV else rows * kv_heads if kind == ATTENTION else rows
-            if kind == BLOCK:
-                pieces = blocks[0][layer + 1] - blocks[0][layer]
+            if kind == BLOCK and blocks[0][layer] < 0:
+                pieces = 0
             offer(board, kind, layer, pieces)
             step += 1

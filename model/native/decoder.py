@@ -50,9 +50,9 @@ class Decoder:
         self._rope = (rope[0].numpy(), rope[1].numpy(), np.float32(config.rms_norm_eps))
         self._heads = (config.num_attention_heads, config.num_key_value_heads)
         self._no_blocks = (
-            np.zeros(config.num_hidden_layers + 1, np.int64),
-            np.empty((0, COLUMNS), np.int64),
-            np.empty((0, 1), np.int64),
+            np.full(config.num_hidden_layers, -1),
+            np.empty((0, 0, COLUMNS), np.int64),
+            np.empty((0, 0, 1), np.int64),
         )
         self._helpers = Helpers(work)
 

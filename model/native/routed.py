@@ -21,8 +21,7 @@ from model.native.simd import float_of_bits, pointer
 NORM, EPS, MATRIX, OUTPUTS, EXPERTS, WIDTH, PARTS, PER_TOKEN, OVER_ALL = range(9)
 # Then addresses of the keys (0: the outputs are the scores) and of the ids that may be found (0: the first); FOUND is E.
 KEYS, IDS, FOUND = range(9, 12)
-ROW = 12  # in the batch
-COLUMNS = 13
+COLUMNS = 12
 BITS = np.uint32(16)
 
 

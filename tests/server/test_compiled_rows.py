@@ -18,7 +18,7 @@ from model.blocks.compiled_rows import BlockRows, CompiledRows, Variant, about_b
 from model.blocks.moe import MoeConfig
 from model.blocks.some import SomeConfig
 from model.keys import AnchorKeys
-from model.native.routed import ROW, add_block
+from model.native.routed import add_block
 
 LAYER, HIDDEN, EXPERTS, PER_TOKEN, KEY_SIZE = 2, 48, 12, 3, 20
 SIZES = {"layers": (LAYER,), "hidden_size": HIDDEN, "num_experts": EXPERTS, "num_experts_per_tok": PER_TOKEN}
@@ -119,11 +119,12 @@ def passed(block, rows, views):
         about = about_blocks(variant, span.keys)
         assert about is not None
         groups.append(BlockRows(variant, i, i + 1, True, about, [replace(span, first=0, end=1)]))
-    passes = CompiledRows(groups, LAYER + 1)
-    assert passes.table[0].tolist() == [0] * (LAYER + 1) + [len(rows)]
-    for about, chosen in zip(*passes.table[1:], strict=True):
-        add_block(about, after[about[ROW]].numpy(), chosen)
-    passes.record()
+    passes = CompiledRows(groups, LAYER + 1, len(rows))
+    places, every, choices = passes.table
+    assert places.tolist() == [-1] * LAYER + [0]
+    for about, row, chosen in zip(every[0], after, choices[0], strict=True):
+        add_block(about, row.numpy(), chosen)
+    passes.record(groups)
     return after, np.concatenate([group.spans[0].routed[0] for group in groups]), variant.usage.counts
 
 
