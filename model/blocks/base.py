@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from model.blocks.compiled_weights import CompiledWeights, FoundKeys
-from model.blocks.experts import Experts, compiles, padded_linear
+from model.blocks.experts import compiles, padded_linear
 from model.blocks.usage import ExpertUsage
 from model.errors import UnsupportedConfig
 from model.keys import KeyView
@@ -92,18 +91,10 @@ class ExpertBlock(nn.Module):
         check_sizes(config)
         self.config = config
         self.norm = nn.Parameter(torch.ones(config.hidden_size))
-        self._frozen_weights: CompiledWeights | None = None
 
     @abstractmethod
     def serve(self, hidden: Tensor, layer: int, spans: Sequence[BlockSpan], usage: ExpertUsage) -> Tensor:
         """The block's contribution to `hidden` (T, H), same shape, float32; records usage and traces."""
-
-    def compiled(self, layer: int, keys: KeyView | None) -> tuple[CompiledWeights, FoundKeys] | None:
-        """What compiled code needs of the block for a row that sees these keys (model.native.routed).
-
-        None: such a row goes through `serve`.
-        """
-        return None
 
     @abstractmethod
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,15 +103,6 @@ class ExpertBlock(nn.Module):
     @abstractmethod
     def active_parameters(self) -> int:
         """How many parameters one token passes through."""
-
-    def compiled_weights(self, matrix: Tensor, experts: Experts, *, over_all: bool) -> CompiledWeights | None:
-        """The block's frozen weights for compiled code, converted once for as long as nobody adds experts."""
-        known = self._frozen_weights
-        if known is None or not known.in_force:
-            config = self.config
-            given = (self.norm, config.rms_norm_eps, matrix, experts, config.num_experts_per_tok)
-            known = self._frozen_weights = CompiledWeights.of(*given, over_all=over_all)
-        return known
 
     def normed(self, hidden: Tensor) -> Tensor:
         """RMSNorm(hidden) in float32."""

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.blocks.base import BlockSpan, ExpertBlock, ExpertUsage
+from model.blocks.compiled_block import CompiledBlock
 from model.blocks.compiled_weights import CompiledWeights
 from model.keys import KeyView
 from model.native.routed import COLUMNS
@@ -61,7 +62,8 @@ def about_blocks(variant: Variant, keys: KeyView | None) -> About | None:
         parts: list[CompiledWeights] = []
         numbers: list[tuple[int, ...]] = []
         for layer in layers:
-            compiled = variant.blocks[layer].compiled(layer, keys)
+            block = variant.blocks[layer]
+            compiled = block.compiled(layer, keys) if isinstance(block, CompiledBlock) else None
             if compiled is None:
                 return None
             weights, found = compiled

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from model.blocks.base import ExpertBlock
 from model.blocks.experts import Experts, Stacked
 from model.keys import KeyView
 
@@ -28,18 +29,26 @@ class CompiledWeights:
 
     @property
     def in_force(self) -> bool:
-        """Whether the experts are those that were copied."""
+        """Whether the experts still have the matrices that were copied."""
         return self.experts.stacked is self.stacked
 
     @classmethod
     def of(
-        cls, norm: Tensor, eps: float, matrix: Tensor, experts: Experts, per_token: int, *, over_all: bool
+        cls,
+        block: ExpertBlock,
+        matrix: Tensor,
+        experts: Experts,
+        stacked: Stacked,
+        *,
+        over_all: bool,
     ) -> "CompiledWeights | None":
-        """Of norm (H), matrix (N, H) and experts, gates being shares of all experts or of the K that were chosen.
+        """Of a block's norm, its matrix (N, H), and matrices that its experts have or are about to have.
+
+        `over_all`: gates are shares of all experts, not of the K that were chosen.
 
         None: they train, are elsewhere, or bfloat16 cannot hold them as they are.
         """
-        stacked = experts.stacked
+        norm, config = block.norm, block.config
         *inner, last = stacked.values()
         given = (norm, matrix, *inner, last)
         if any(p.requires_grad or p.dtype != torch.float32 or p.device.type != "cpu" for p in given):
@@ -52,12 +61,12 @@ class CompiledWeights:
         outputs, matrices = (bits.view(torch.int16).numpy().view(np.uint16) for bits in rounded)
         about = (
             weight.ctypes.data,
-            int(np.float32(eps).view(np.uint32)),
+            int(np.float32(config.rms_norm_eps).view(np.uint32)),
             outputs.ctypes.data,
             len(outputs),
             matrices.ctypes.data,
             *matrices.shape[1:3],
-            per_token,
+            config.num_experts_per_tok,
             int(over_all),
         )
         return cls(about, (weight, outputs, matrices), experts, stacked)

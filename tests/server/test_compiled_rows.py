@@ -188,6 +188,27 @@ def test_experts_that_come_later_are_computed_with_their_own_weights():
     assert ids[::2].max() < EXPERTS <= ids[1::2].max()
 
 
+def test_experts_that_are_about_to_come_are_copied_ahead_and_others_once(monkeypatch):
+    block, made = block_of(SOME), []
+    copied = block.copied
+    monkeypatch.setattr(block, "copied", lambda stacked: made.append(stacked) or copied(stacked))
+    grown = block.experts.appended(rounded(build_block(SOME)).experts.stacked)
+    block.prepare_for(grown)
+    assert not made, "nobody uses copies yet"
+    before, first = block.experts.stacked, block.compiled_weights()
+    block.prepare_for(grown)
+    assert block.compiled_weights() is first
+    block.experts.adopt(grown)
+    second = block.compiled_weights()
+    assert second is block.compiled_weights() is not first
+    assert [id(stacked) for stacked in made] == [id(before), id(grown)]
+    block.experts.adopt(before)
+    assert block.compiled_weights().about[:3] != second.about[:3]
+    block.experts.append({name: matrix + 1e-5 for name, matrix in grown.items()})
+    assert block.compiled_weights() is block.compiled_weights() is None
+    assert len(made) == 4, "that there can be none is remembered, too"
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e37])
 def test_a_query_that_is_not_finite_is_refused_as_by_a_search(make_store, value):
     block = block_of(SOME)
