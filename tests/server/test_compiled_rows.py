@@ -209,6 +209,17 @@ def test_experts_that_are_about_to_come_are_copied_ahead_and_others_once(monkeyp
     assert len(made) == 4, "that there can be none is remembered, too"
 
 
+def test_a_version_is_looked_up_once_and_again_when_experts_have_come():
+    block = block_of(SOME)
+    variant, keys = Variant({LAYER: block}, counted(block)), AnchorKeys({LAYER: block.anchors.numpy()})
+    known = about_blocks(variant, keys)
+    assert about_blocks(variant, keys) is known
+    block.experts.append(rounded(build_block(SOME)).experts.stacked)
+    assert about_blocks(variant, keys).weights == (block.compiled_weights(),), "nothing keeps the old copies"
+    del keys
+    assert not variant.seen
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e37])
 def test_a_query_that_is_not_finite_is_refused_as_by_a_search(make_store, value):
     block = block_of(SOME)
