@@ -4,7 +4,7 @@
 
 Every part is the median over the steps. Times are the engine thread's own processor time with one thread, which other
 processes disturb little, and wall-clock time with more. "products" are the packed products alone, run beside the steps
-on the same matrices; they are part of "layers".
+on the same matrices; they are part of "layers". So are the blocks of some and moe, as far as compiled code takes them.
 """
 
 import argparse
@@ -44,6 +44,12 @@ class Anchors:
 
     def __init__(self, blocks: dict[int, Any]):
         self._indexes = {layer: KeyIndex(block.anchors.numpy()) for layer, block in blocks.items()}
+
+    def keys_of(self, layer: int) -> Any:
+        return self._indexes[layer].keys
+
+    def visible_ids(self, layer: int) -> None:
+        return None
 
     def search(self, layer: int, queries: Any, k: int) -> Any:
         return self._indexes[layer].search(queries, k)

@@ -14,17 +14,17 @@ Int64Array = NDArray[np.int64]
 
 
 class KeyView(Protocol):
-    """One immutable version of the routing keys of every plastic layer."""
+    """One immutable version of the routing keys of every plastic layer; each is itself alone, and can be referred to weakly."""
 
     @property
     def version(self) -> int: ...
 
     def keys_of(self, layer: int) -> Float32Array:
-        """Keys of a layer, shape (experts, key_size)."""
+        """Keys of a layer, shape (experts, key_size), contiguous; the same array as long as the version is there."""
         ...
 
     def visible_ids(self, layer: int) -> Int64Array | None:
-        """Rising ids of the experts that may be found; None: all."""
+        """Rising ids of the experts that may be found, as `keys_of` always the same array; None: all."""
         ...
 
     def search(self, layer: int, queries: Float32Array, k: int) -> tuple[Float32Array, Int64Array]:

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.attention import AttentionSpan, attend_cached, block_masks, rope_table, rotate
-from model.blocks.base import BlockSpan, ExpertBlock, ExpertUsage, RoutingTrace
+from model.blocks.base import BlockSpan, RoutingTrace
+from model.blocks.compiled_rows import BlockRows, CompiledRows, Variant, about_blocks
 from model.config import ModelConfig
 from model.keys import KeyView
 from model.kv_cache import CacheBudget, SequenceCache
@@ -53,14 +54,6 @@ class LayerWeights:
     qk_norm: QkNorm | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Variant:
-    """Expert blocks by layer, and the count of what they routed."""
-
-    blocks: Mapping[int, ExpertBlock]
-    usage: ExpertUsage
-
-
 @dataclass(slots=True, eq=False)
 class Segment:
     """Consecutive tokens of one sequence in one batch."""
@@ -77,16 +70,10 @@ class Segment:
     forced: Mapping[int, Tensor] | None = None  # expert ids (rows, K) of the leading rows, by layer
     offsets: Mapping[int, Tensor] | None = None  # the session's value offsets (E, H) by layer
 
-
-@dataclass(slots=True)
-class BlockRows:
-    """Consecutive rows of one variant in a batch, all being written or none: so no row's way hangs on another's."""
-
-    variant: Variant
-    first: int
-    end: int
-    written: bool
-    spans: list[BlockSpan]
+    @property
+    def plain(self) -> bool:
+        """Being written, with nothing that an expert block would do beside its own work."""
+        return self.decode and self.trace is None and self.forced is None and not self.offsets
 
 
 class RecordedCalls(Protocol):
@@ -124,6 +111,7 @@ class Transformer:
         self.final_norm = final_norm
         self.decoder = decoder
         self.graphs: RecordedCalls | None = None
+        self._passes: CompiledRows | None = None  # of the last step
         self.cos, self.sin = rope_table(config, embedding.device)
         self.reader: Reader | None = None  # the way of prompt rows, of the decoder's weights
         if decoder is not None and readable(decoder.matrices[:-1], config.head_dim):
@@ -178,13 +166,16 @@ class Transformer:
         hidden = self.embed(torch.tensor([segment.token_ids[0] for segment in segments], device=self.device))
         positions = [segment.start for segment in segments]
         caches = [segment.cache for segment in segments]
-        groups = _plan_blocks(segments)
+        groups = _plan_blocks(segments, compiled=True)
+        passes = CompiledRows(groups, len(self.layers), len(segments), self._passes)
+        self._passes = passes
         done = 0
         for index in _block_layers(groups):
-            self.decoder.layers(done, index + 1, hidden, positions, caches)
+            self.decoder.layers(done, index + 1, hidden, positions, caches, passes.table)
             _run_blocks(hidden, index, groups)
             done = index + 1
-        self.decoder.layers(done, len(self.layers), hidden, positions, caches)
+        self.decoder.layers(done, len(self.layers), hidden, positions, caches, passes.table)
+        passes.record(groups)
         return hidden
 
     @torch.inference_mode()
@@ -326,17 +317,23 @@ def _cut(spans: Sequence[tuple[int, int, SequenceCache]]) -> list[tuple[int, int
     ]
 
 
-def _plan_blocks(segments: Sequence[Segment]) -> list[BlockRows]:
-    """Each variant's rows, those that are being written apart."""
+def _plan_blocks(segments: Sequence[Segment], *, compiled: bool = False) -> list[BlockRows]:
+    """Each variant's rows, those that are being written apart, and with `compiled` those of each version of the keys."""
     groups: list[BlockRows] = []
     row = 0
     for segment in segments:
         length = len(segment.token_ids)
         if segment.variant is not None:
+            takes = compiled and segment.plain
+            about = about_blocks(segment.variant, segment.keys) if takes else None
             last = groups[-1] if groups else None
-            alike = last and (last.variant, last.end, last.written) == (segment.variant, row, segment.decode)
+            alike = (
+                last is not None
+                and (last.variant, last.end, last.written) == (segment.variant, row, segment.decode)
+                and last.about is about
+            )
             if not alike:
-                groups.append(BlockRows(segment.variant, row, row, segment.decode, []))
+                groups.append(BlockRows(segment.variant, row, row, segment.decode, about))
             group = groups[-1]
             group.spans.append(
                 BlockSpan(
@@ -359,14 +356,14 @@ def _plan_blocks(segments: Sequence[Segment]) -> list[BlockRows]:
 
 
 def _block_layers(groups: Sequence[BlockRows]) -> list[int]:
-    """Layers behind which somebody has a block, in order."""
-    return sorted({layer for group in groups for layer in group.variant.blocks})
+    """Layers behind which somebody has a block that is not passed within the layers, in order."""
+    return sorted({layer for group in groups if group.about is None for layer in group.variant.blocks})
 
 
 def _run_blocks(hidden: Tensor, layer: int, groups: Sequence[BlockRows]) -> None:
     """Add what a layer's blocks contribute to their own rows of `hidden` (R, H), in place."""
     for group in groups:
         block = group.variant.blocks.get(layer)
-        if block is not None:
+        if block is not None and group.about is None:
             rows = hidden[group.first : group.end]
             rows += block.serve(rows, layer, group.spans, group.variant.usage)

@@ -95,7 +95,10 @@ class AddedExperts:
         }
 
     def _grown(self, added: Mapping[int, Mapping[str, Tensor]]) -> dict[int, Stacked]:
-        return {layer: self._blocks[layer].experts.appended(matrices) for layer, matrices in added.items()}
+        grown = {layer: self._blocks[layer].experts.appended(matrices) for layer, matrices in added.items()}
+        for layer, stacked in grown.items():
+            self._blocks[layer].prepare_for(stacked)
+        return grown
 
     def _adopt_between_steps(self, stacked: Mapping[int, Stacked]) -> None:
         done = self._runner.between_steps(lambda: self._adopt(stacked))

@@ -6,7 +6,7 @@ The one place that knows every part.
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import torch
 from keystore.backends.data_file import make_folder
 from keystore.store import KeyStore
 from model.blocks.base import BlockConfig, ExpertUsage
+from model.blocks.compiled_block import CompiledBlock
 from model.checkpoints.blocks import BlockFolder, load_blocks, read_config, shipped_folder
 from model.checkpoints.hf_folder import read_routing
 from model.checkpoints.load import BaseModel, find_base_file, load_base, load_checkpoint
@@ -160,7 +161,7 @@ def _build_engine(
     )
     runner = EngineRunner(engine, threads)
     created = int(time.time())
-    return {
+    endpoints = {
         name: Endpoint(
             name=name,
             variant=kind_of(settings.endpoints[name], loaded.get(name)),
@@ -180,6 +181,17 @@ def _build_engine(
         )
         for name in names
     }
+    if model.decoder is not None:
+        _prepare(variants.values())
+    return endpoints
+
+
+def _prepare(variants: Iterable[Variant]) -> None:
+    """Copy the weights of blocks for compiled code before the first token is written."""
+    for variant in variants:
+        for block in variant.blocks.values():
+            if isinstance(block, CompiledBlock):
+                block.compiled_weights()
 
 
 def open_base(

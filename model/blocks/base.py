@@ -1,8 +1,7 @@
 """What every expert block has in common: its configuration, its rows of a batch, and what it leaves behind."""
 
-import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from model.blocks.experts import compiles, padded_linear
-from model.blocks.recent_routing import RecentRouting
+from model.blocks.usage import ExpertUsage
 from model.errors import UnsupportedConfig
 from model.keys import KeyView
 from model.native.experts import project
@@ -79,55 +78,6 @@ class BlockSpan:
         None  # expert ids (rows, K) by layer, in place of the router's choice
     )
     offsets: Mapping[int, Tensor] | None = None  # the session's value offsets (E, H) by layer
-
-
-class ExpertUsage:
-    """Tokens per (phase, layer, expert) since the start. Written by the engine thread, read by anybody.
-
-    Layers may have different numbers of experts: what a layer does not have stays 0 in `counts`.
-    """
-
-    PHASES = ("prefill", "decode")
-
-    def __init__(
-        self,
-        layers: Sequence[int],
-        num_experts: int,
-        num_experts_per_tok: int,
-        clock: Callable[[], float] = time.monotonic,
-    ):
-        self.layers = tuple(layers)
-        self.num_experts_per_tok = num_experts_per_tok
-        self._index = {layer: i for i, layer in enumerate(self.layers)}
-        self.counts: NDArray[np.int64] = np.zeros((2, len(self.layers), num_experts), dtype=np.int64)
-        self._num_experts = dict.fromkeys(self.layers, num_experts)
-        self.recent = {layer: RecentRouting(num_experts, num_experts_per_tok, clock) for layer in self.layers}
-
-    @classmethod
-    def of(cls, config: BlockConfig) -> "ExpertUsage":
-        return cls(config.layers, config.num_experts, config.num_experts_per_tok)
-
-    def of_layer(self, layer: int) -> NDArray[np.int64]:
-        """A copy of one layer's counts: (phases, experts of the layer)."""
-        num_experts = self._num_experts[layer]  # read first: `resize` writes it last
-        return self.counts[:, self._index[layer], :num_experts].copy()
-
-    def resize(self, num_experts: Mapping[int, int]) -> None:
-        """From now on these layers have so many experts; on the thread that adds. Readers keep whole arrays."""
-        sizes = {**self._num_experts, **num_experts}
-        counts = np.zeros((2, len(self.layers), max(sizes.values())), dtype=np.int64)
-        for layer, size in sizes.items():
-            kept = min(size, self._num_experts[layer])
-            counts[:, self._index[layer], :kept] = self.counts[:, self._index[layer], :kept]
-        self.counts = counts
-        for layer, size in num_experts.items():
-            self.recent[layer].resize(size)
-        self._num_experts = sizes
-
-    def add(self, layer: int, expert_ids: NDArray[np.int64], *, decode: bool) -> None:
-        row = self.counts[int(decode), self._index[layer]]
-        row += np.bincount(expert_ids.ravel(), minlength=len(row))
-        self.recent[layer].add(expert_ids)
 
 
 class ExpertBlock(nn.Module):
@@ -224,7 +174,7 @@ def record_routing(
     for rows, decode in ((slice(0, written), True), (slice(written, None), False)):
         selected = host[rows] if counted is None else host[rows][counted[rows]]
         if len(selected):
-            usage.add(layer, selected, decode=decode)
+            usage.add((layer,), selected[None], decode=decode)
     for span in spans:
         if span.routed is not None:
             span.routed.append(host[span.first : span.end])

@@ -98,8 +98,8 @@ class Experts(nn.Module):
         }
 
     def adopt(self, stacked: Stacked) -> None:
-        """Put other matrices, of the same names and any number of experts, in force."""
-        self._parameters = dict(stacked)
+        """Put other matrices, of the same names and any number of experts, in force; `stacked` is what they are then."""
+        self._parameters = cast(dict[str, nn.Parameter | None], stacked)
 
     def append(self, added: Mapping[str, Tensor]) -> None:
         """More experts behind those that are here, which keep their ids and their bits."""

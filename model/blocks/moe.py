@@ -12,15 +12,17 @@ from torch import Tensor, nn
 from model.blocks.base import (
     BlockConfig,
     BlockSpan,
-    ExpertBlock,
     ExpertUsage,
     all_written,
     check_choice,
     forced_rows,
     record_routing,
 )
-from model.blocks.experts import EXPERT_FORMS, compiles, padded_linear
+from model.blocks.compiled_block import CompiledBlock
+from model.blocks.compiled_weights import CompiledWeights, FoundKeys
+from model.blocks.experts import EXPERT_FORMS, Stacked, compiles, padded_linear
 from model.blocks.routing import switch_auxiliary_loss, top_k_of_softmax
+from model.keys import KeyView
 from model.native.experts import choose
 from model.threads import one_thread
 
@@ -33,7 +35,7 @@ class MoeConfig(BlockConfig):
     norm_topk_prob: bool = True
 
 
-class MoeBlock(ExpertBlock):
+class MoeBlock(CompiledBlock):
     """One routed layer. Only selected experts execute."""
 
     config: MoeConfig
@@ -54,6 +56,14 @@ class MoeBlock(ExpertBlock):
                 combined, _, expert_ids = self._route(self.normed(hidden), forced)
         record_routing(usage, layer, expert_ids, spans)
         return combined
+
+    def compiled(self, layer: int, keys: KeyView | None) -> tuple[CompiledWeights, FoundKeys] | None:
+        weights = self.compiled_weights()
+        return None if weights is None else (weights, (0, 0, self.config.num_experts))
+
+    def copied(self, stacked: Stacked) -> CompiledWeights | None:
+        over_all = not self.config.norm_topk_prob
+        return CompiledWeights.of(self, self.router, self.experts, stacked, over_all=over_all)
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         combined, router_logits, expert_ids = self._route(self.normed(hidden).flatten(0, 1))

@@ -25,13 +25,13 @@ class RecentRouting:
         self._seen = 0  # tokens since the start
         self._lock = threading.Lock()
 
-    def add(self, expert_ids: NDArray[np.int64]) -> None:
-        """Tokens in order, (T, K)."""
+    def add(self, expert_ids: NDArray[np.int64], at: NDArray[np.float64]) -> None:
+        """Tokens in order, (T, K), and when each was routed, (T)."""
         newest = expert_ids[-TOKENS_KEPT:]
         end = self._seen + len(expert_ids)
         first = (end - len(newest)) % TOKENS_KEPT
         with self._lock:
-            self._selected_at[expert_ids] = self._clock()
+            self._selected_at[expert_ids] = at[:, None]
             if first + len(newest) <= TOKENS_KEPT:
                 self._rows[first : first + len(newest)] = newest
             else:

@@ -15,14 +15,15 @@ from torch import Tensor, nn
 from model.blocks.base import (
     BlockConfig,
     BlockSpan,
-    ExpertBlock,
     ExpertUsage,
     LayerTrace,
     all_written,
     check_choice,
     record_routing,
 )
-from model.blocks.experts import EXPERT_FORMS, padded_linear
+from model.blocks.compiled_block import CompiledBlock
+from model.blocks.compiled_weights import CompiledWeights, FoundKeys, found_keys
+from model.blocks.experts import EXPERT_FORMS, Stacked, padded_linear
 from model.blocks.routing import switch_auxiliary_loss
 from model.errors import UnsupportedConfig
 from model.keys import Float32Array, KeyView
@@ -51,7 +52,7 @@ class Mixture:
     trace: LayerTrace  # of the B * T rows
 
 
-class SomeBlock(ExpertBlock):
+class SomeBlock(CompiledBlock):
     """One plastic layer."""
 
     config: SomeConfig
@@ -95,6 +96,16 @@ class SomeBlock(ExpertBlock):
                 if span.trace.enters_at(layer):
                     span.trace.entry = hidden[rows].clone()
         return combined
+
+    def compiled(self, layer: int, keys: KeyView | None) -> tuple[CompiledWeights, FoundKeys] | None:
+        assert keys is not None, "a plastic layer needs a key view"
+        weights, found = self.compiled_weights(), found_keys(keys, layer, self.config.num_experts_per_tok)
+        return None if weights is None or found is None else (weights, found)
+
+    def copied(self, stacked: Stacked) -> CompiledWeights | None:
+        if self.query_proj is None:
+            return None
+        return CompiledWeights.of(self, self.query_proj, self.experts, stacked, over_all=False)
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         mixture = self.mix(self.normed(hidden), self.anchors)

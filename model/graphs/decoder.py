@@ -187,7 +187,7 @@ def _count(batch: Routed) -> None:
         for layer in sorted(variant.layers):
             end = column + variant.variant.blocks[layer].config.num_experts_per_tok
             expert_ids = host[rows, column:end]
-            variant.variant.usage.add(layer, expert_ids, decode=True)
+            variant.variant.usage.add((layer,), expert_ids[None], decode=True)
             for place, routed in asking:
                 routed.append(expert_ids[place][None])
             column = end

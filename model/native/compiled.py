@@ -38,6 +38,7 @@ _JOB = ", ".join(
         _ROWS,
         "Tuple((int64[::1], int64[:, ::1]))",
         f"Tuple(({', '.join([_PACKED] * 4)}, {_STACK}))",
+        "Tuple((int64[::1], int64[:, :, ::1], int64[:, :, ::1]))",
         f"Tuple((uint8[:, :, ::1], {_ROW}, {_ROWS}))",
         f"Tuple((int8[:, :, :, ::1], {_STACK}, {', '.join([_ROWS] * 4)}))",
         f"Tuple(({_ROWS}, {_ROWS}, float32))",

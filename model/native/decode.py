@@ -12,6 +12,7 @@ from numba import njit
 
 from model.native.attention import attend, bfloat16_of, cached
 from model.native.product import product_4bit, product_8bit
+from model.native.routed import NORM, add_block
 from model.native.rows import norm, quantise, rotate, silu_product
 from model.native.sharing import GONE, close, finish, offer, rest, sent_home, take, wait_for
 from model.native.tiles import GROUP, group_bytes
@@ -19,9 +20,9 @@ from model.native.tiles import GROUP, group_bytes
 PIECES = 16  # of a product
 EIGHT_BITS = group_bytes(8)
 # The kinds of jobs: those that are done row by row, and products.
-BEFORE_QKV, PLACE, ATTENTION, BEFORE_GATE_UP, BEFORE_DOWN, BEFORE_HEAD = range(6)
-QKV, OUTPUT, GATE_UP, DOWN, HEAD = range(6, 11)
-LAYER_JOBS = 9
+BEFORE_QKV, PLACE, ATTENTION, BEFORE_GATE_UP, BEFORE_DOWN, BLOCK, BEFORE_HEAD = range(7)
+QKV, OUTPUT, GATE_UP, DOWN, HEAD = range(7, 12)
+LAYER_JOBS = 10
 
 
 @njit
@@ -38,7 +39,7 @@ def place_row(layer, parts, position, cache, cos, sin, heads, kv_heads):
 
 
 @njit(inline="always")
-def do_piece(kind, layer, piece, hidden, place, matrices, head, room, rope, heads, kv_heads):
+def do_piece(kind, layer, piece, hidden, place, matrices, blocks, head, room, rope, heads, kv_heads):
     """A piece of a job: a row, one of its key/value heads, or some of a product's outputs."""
     quants, sums, wide, narrow, values, scratch = room
     cos, sin, eps = rope
@@ -59,6 +60,11 @@ def do_piece(kind, layer, piece, hidden, place, matrices, head, room, rope, head
             product_8bit(packed, first, last, quants, sums, out)
         else:
             product_4bit(packed, first, last, quants, sums, out)
+        return
+    if kind == BLOCK:
+        about = blocks[1][blocks[0][layer], piece]
+        if about[NORM] != 0:
+            add_block(about, hidden[piece], blocks[2][blocks[0][layer], piece])
         return
     head_dim, (positions, caches) = 2 * cos.shape[1], place
     if kind == PLACE:
@@ -96,14 +102,16 @@ def job_of(step, first, steps):
     """The kind and layer of the job that comes as number `step` of `steps`; the last two are the head's."""
     if step >= steps:
         return BEFORE_HEAD + (step - steps) * (HEAD - BEFORE_HEAD), 0
-    order = (BEFORE_QKV, QKV, PLACE, ATTENTION, OUTPUT, BEFORE_GATE_UP, GATE_UP, BEFORE_DOWN, DOWN)
+    order = (BEFORE_QKV, QKV, PLACE, ATTENTION, OUTPUT, BEFORE_GATE_UP, GATE_UP, BEFORE_DOWN, DOWN, BLOCK)
     return order[step % LAYER_JOBS], first + step // LAYER_JOBS
 
 
 @njit(nogil=True)
-def work(board, leads, first, last, hidden, place, matrices, head, room, rope, heads, kv_heads):
+def work(board, leads, first, last, hidden, place, matrices, blocks, head, room, rope, heads, kv_heads):
     """Rows (R, H) through layers `first` to `last` - 1, in place, then through the head if logits (R, V) are given.
 
+    Behind a layer come the expert blocks of some rows (model.native.routed): where in what follows each layer is (L; -1:
+    nowhere), what there is to know of each row's (B, R, COLUMNS), zeros where there is none, and what it chose (B, R, K + 1).
     Rows may belong to one sequence: each sees those before it. One thread leads, others may follow on the same board;
     they return when all is done.
     """
@@ -115,7 +123,7 @@ def work(board, leads, first, last, hidden, place, matrices, head, room, rope, h
             return
         kind, layer, piece = take(board)
         if kind >= 0:
-            do_piece(kind, layer, piece, hidden, place, matrices, head, room, rope, heads, kv_heads)
+            do_piece(kind, layer, piece, hidden, place, matrices, blocks, head, room, rope, heads, kv_heads)
             finish(board)
             waited = 0
         elif not leads:
@@ -124,7 +132,7 @@ def work(board, leads, first, last, hidden, place, matrices, head, room, rope, h
             waited = rest(board, waited)
         else:
             wait_for(board, pieces)
-            if 0 < step <= layer_jobs and step % LAYER_JOBS == 0:
+            if step < layer_jobs and step % LAYER_JOBS == LAYER_JOBS - 1:
                 for row in range(rows):
                     hidden[row] += room[3][row]
             if step == jobs:
@@ -132,5 +140,7 @@ def work(board, leads, first, last, hidden, place, matrices, head, room, rope, h
                 return
             kind, layer = job_of(step, first, layer_jobs)
             pieces = PIECES if kind >= QKV else rows * kv_heads if kind == ATTENTION else rows
+            if kind == BLOCK and blocks[0][layer] < 0:
+                pieces = 0
             offer(board, kind, layer, pieces)
             step += 1

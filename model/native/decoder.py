@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from llvmlite.binding import get_host_cpu_features
+from numpy.typing import NDArray
 from torch import Tensor
 
 from model.config import ModelConfig
@@ -13,9 +14,11 @@ from model.kv_cache import SequenceCache
 from model.native.attention import scratch_size
 from model.native.decode import work
 from model.native.embedding import look_up
+from model.native.routed import COLUMNS
 from model.native.sharing import Helpers
 from model.native.tiles import GROUP
 
+BlockTable = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
 MATRICES = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 
 
@@ -46,6 +49,11 @@ class Decoder:
         self._head = (head.numpy(), final_norm.numpy())
         self._rope = (rope[0].numpy(), rope[1].numpy(), np.float32(config.rms_norm_eps))
         self._heads = (config.num_attention_heads, config.num_key_value_heads)
+        self._no_blocks = (
+            np.full(config.num_hidden_layers, -1),
+            np.empty((0, 0, COLUMNS), np.int64),
+            np.empty((0, 0, 1), np.int64),
+        )
         self._helpers = Helpers(work)
 
     def embed(self, token_ids: Tensor) -> Tensor:
@@ -61,10 +69,14 @@ class Decoder:
         hidden: Tensor,
         positions: Sequence[int],
         caches: Sequence[SequenceCache],
+        blocks: BlockTable | None = None,
     ) -> None:
-        """Rows (R, H) float32 through layers `first` to `last` - 1, in place; caches take in keys and values."""
+        """Rows (R, H) float32 through layers `first` to `last` - 1, in place; caches take in keys and values.
+
+        `blocks`: the expert blocks that some rows pass, as `work` takes them.
+        """
         places = [(cache.keys.data_ptr(), cache.values.data_ptr(), cache.capacity) for cache in caches]
-        self._run(first, last, hidden, np.array(positions), np.array(places), torch.empty(0, 0))
+        self._run(first, last, hidden, np.array(positions), np.array(places), torch.empty(0, 0), blocks)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Rows (R, H) float32 behind the last layer -> logits (R, V) float32."""
@@ -74,13 +86,21 @@ class Decoder:
         return logits
 
     def _run(
-        self, first: int, last: int, hidden: Tensor, positions: Any, caches: Any, logits: Tensor
+        self,
+        first: int,
+        last: int,
+        hidden: Tensor,
+        positions: Any,
+        caches: Any,
+        logits: Tensor,
+        blocks: BlockTable | None = None,
     ) -> None:
         """One call of `work`."""
         job = (
             hidden.numpy(),
             (positions, caches),
             self.matrices,
+            blocks or self._no_blocks,
             (*self._head, logits.numpy()),
             self.room(len(hidden), int(positions.max()) + 1),
             self._rope,

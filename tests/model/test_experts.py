@@ -1,5 +1,6 @@
 """Grouped dispatch against the plain definition, and which experts it runs."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +8,7 @@ from torch.testing import assert_close
 
 from model.blocks.base import ExpertUsage
 from model.blocks.experts import ROW_MULTIPLE, SiluExperts, SwigluExperts, dispatch, padded_linear
+from model.blocks.usage import MOST_WAITING
 
 EXPERTS, WIDTH, HIDDEN = 8, 16, 32
 
@@ -114,13 +116,34 @@ def test_experts_that_a_reader_holds_stay_as_they_were():
 
 def test_growing_usage_keeps_every_count_and_every_array_that_was_read():
     usage = ExpertUsage([1, 2], 4, 2)
-    usage.add(2, torch.tensor([[0, 3]]).numpy(), decode=True)
+    usage.add((2,), np.array([[[0, 3]]]), decode=True)
     read = usage.counts
     usage.resize({2: 6})
-    usage.add(2, torch.tensor([[5, 3]]).numpy(), decode=True)
+    usage.add((2,), np.array([[[5, 3]]]), decode=True)
     assert usage.of_layer(2).tolist() == [[0] * 6, [1, 0, 0, 2, 0, 1]]
     assert usage.of_layer(1).shape == (2, 4)
     assert usage.counts.shape == (2, 2, 6)
     assert read[1, 1].tolist() == [1, 0, 0, 1]
     usage.resize({2: 4})
     assert usage.of_layer(2).tolist() == [[0] * 4, [1, 0, 0, 2]]
+
+
+@pytest.mark.parametrize("looks", [set(), {0, 1}, {63, 64, 100}])
+def test_usage_is_exact_whenever_somebody_looks(looks):
+    usage, now = ExpertUsage([1, 2], 6, 2, lambda: now), 0.0
+    expected, selected_at = np.zeros((2, 2, 6), np.int64), np.full(6, np.nan)
+    rng = np.random.default_rng(0)
+    for now in range(MOST_WAITING * 2 + 3):
+        layers, decode = ((1, 2), True) if now % 5 else ((2,), False)
+        ids = rng.random((len(layers), 1 + now % 3, 6)).argsort(axis=2)[..., :2]
+        usage.add(layers, ids, decode=decode)
+        for layer, selected in zip(layers, ids, strict=True):
+            np.add.at(expected[int(decode), layer - 1], selected, 1)
+        selected_at[ids[-1]] = now
+        if now in looks:
+            assert (usage.counts == expected).all()
+            assert usage.recent[2].idle_s() == pytest.approx(now - selected_at, nan_ok=True)
+    assert [usage.of_layer(layer).tolist() for layer in (1, 2)] == expected.swapaxes(0, 1).tolist()
+    assert usage.recent[2].idle_s() == pytest.approx(now - selected_at, nan_ok=True)
+    kept, tokens, _ = usage.recent[1].together_with(3)
+    assert (kept, tokens) == (expected[1, 0].sum() // 2, expected[1, 0, 3])

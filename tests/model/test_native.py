@@ -8,10 +8,14 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from model import transformer
+from model.blocks import build_block
+from model.blocks.base import ExpertUsage
 from model.blocks.experts import SiluExperts, SwigluExperts
 from model.blocks.routing import top_k_of_softmax
 from model.checkpoints.assemble import assemble
 from model.checkpoints.names import PACKED
+from model.keys import AnchorKeys
 from model.kv_cache import CacheBudget
 from model.native.attention import attend, scratch_size
 from model.native.decoder import supported
@@ -22,7 +26,7 @@ from model.native.product import product_4bit, product_8bit
 from model.native.prompt_rows import EXACT_POSITIONS
 from model.native.rows import norm, quantise, silu_product
 from model.native.tiles import GROUP
-from model.transformer import Segment, Transformer
+from model.transformer import Segment, Transformer, Variant
 
 needs_vnni = pytest.mark.skipif(not supported(), reason="this processor has no AVX-512 VNNI")
 PRODUCTS = {4: product_4bit, 8: product_8bit}
@@ -265,3 +269,77 @@ def test_a_written_row_has_the_same_bits_alone_beside_others_and_on_any_number_o
     for row in range(count):
         assert torch.equal(torch.stack([rows[row] for rows in together]), alone[row])
         assert torch.equal(logits[row : row + 1], model.logits(together[-1][row : row + 1], written=True))
+
+
+KINDS = [None, "some", "some", "moe", "mom", "some", "some", "moe", None]
+STEPS = 3
+
+
+@pytest.fixture
+def mixed(tiny_variants):
+    """Variants whose weights bfloat16 can hold, and for each of KINDS its variant and version of the keys."""
+    torch.manual_seed(7)
+    variants = {}
+    for kind in ("some", "moe", "mom"):
+        config = replace(tiny_variants[kind], hidden_size=SIZES["hidden_size"])
+        blocks = {layer: build_block(config).requires_grad_(requires_grad=False) for layer in config.layers}
+        for parameter in itertools.chain.from_iterable(block.parameters() for block in blocks.values()):
+            if not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.3)
+            parameter.data = parameter.data.bfloat16().float()
+        variants[kind] = Variant(blocks, ExpertUsage.of(config))
+    anchors = {layer: block.anchors.numpy() for layer, block in variants["some"].blocks.items()}
+    versions = [
+        AnchorKeys(anchors),
+        AnchorKeys({layer: keys[::-1].copy() for layer, keys in anchors.items()}),
+    ]
+    keys = itertools.cycle(versions)
+    return [(variants.get(kind), next(keys) if kind == "some" else None) for kind in KINDS], variants
+
+
+def mixed_steps(model, members):
+    """Hidden states (STEPS, n, H) of some rows that are written beside each other, and each one's expert ids."""
+    caches, states, routed = caches_of(model, len(members)), [], [[] for _ in members]
+    for step in range(STEPS):
+        segments = [
+            Segment([40 + row + step], step, cache, variant, keys, decode=True, routed=ids)
+            for (row, (variant, keys)), cache, ids in zip(members, caches, routed, strict=True)
+        ]
+        states.append(model.step(segments))
+    return torch.stack(states), [np.concatenate(ids).tolist() if ids else [] for ids in routed]
+
+
+@needs_vnni
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_blocks_within_the_layers_call_give_what_they_give_behind_it(quantised, mixed, monkeypatch, threads):
+    model, (rows, variants) = quantised[0], mixed
+    members, before = list(enumerate(rows)), torch.get_num_threads()
+    alone = [mixed_steps(model, [member]) for member in members]
+    counts = {kind: variant.usage.counts.copy() for kind, variant in variants.items()}
+    torch.set_num_threads(threads)
+    try:
+        states, routed = mixed_steps(model, members)
+    finally:
+        torch.set_num_threads(before)
+    for row, (own, own_ids) in enumerate(alone):
+        assert torch.equal(own[:, 0], states[:, row]), KINDS[row]
+        assert own_ids == [routed[row]]
+    assert len({tuple(map(tuple, ids)) for ids in routed[1:3]}) == 2, "each row sees its own version"
+    for kind, variant in variants.items():
+        assert (variant.usage.counts == 2 * counts[kind]).all()
+    monkeypatch.setattr(transformer, "about_blocks", lambda variant, keys: None)
+    expected, expected_ids = mixed_steps(model, members)
+    assert_close(states, expected, rtol=1e-4, atol=1e-4)
+    assert routed == expected_ids
+
+
+@needs_vnni
+def test_blocks_that_are_compiled_need_one_call_of_the_layers(quantised, mixed, monkeypatch):
+    model, members = quantised[0], list(enumerate(mixed[0]))
+    calls, layers = [], model.decoder.layers
+    monkeypatch.setattr(model.decoder, "layers", lambda *given: calls.append(given[:2]) or layers(*given))
+    mixed_steps(model, [member for member, kind in zip(members, KINDS, strict=True) if kind != "mom"])
+    assert calls == [(0, 3)] * STEPS
+    calls.clear()
+    mixed_steps(model, members)
+    assert calls == [(0, 2), (2, 3), (3, 3)] * STEPS

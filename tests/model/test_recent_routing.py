@@ -28,7 +28,7 @@ def test_the_newest_tokens_are_counted_however_they_came(batches):
     history, selected_at = [], {}
     for batch in batches:
         now += 1
-        recent.add(np.array(batch, dtype=np.int64).reshape(-1, 2))
+        recent.add(np.array(batch, dtype=np.int64).reshape(-1, 2), np.full(len(batch), now))
         history += batch
         selected_at |= {expert: now for row in batch for expert in row}
     newest = history[-KEPT:]
@@ -45,7 +45,7 @@ def test_the_newest_tokens_are_counted_however_they_came(batches):
 def test_experts_that_come_and_go_leave_the_others_as_they_were():
     recent = RecentRouting(2, 2, lambda: 3.0)
     recent.resize(3)
-    recent.add(np.array([[0, 2], [1, 0]]))
+    recent.add(np.array([[0, 2], [1, 0]]), np.array([3.0, 3.0]))
     assert recent.idle_s().tolist() == [0, 0, 0]
     assert recent.together_with(0)[2].tolist() == [0, 1, 1]
     recent.resize(2)

@@ -67,10 +67,10 @@ def test_an_old_version_can_be_looked_at(served):
 
 
 def stop_the_clock(served, monkeypatch):
-    """From now on no time passes for the experts of layer 2; returns when it is."""
-    recent = served.state.registry.get("some").usage.recent[2]
+    """From now on no time passes for the experts; returns when it is."""
+    usage = served.state.registry.get("some").usage
     now = time.monotonic()
-    monkeypatch.setattr(recent, "_clock", lambda: now)
+    monkeypatch.setattr(usage, "_clock", lambda: now)
     return now
 
 
@@ -122,7 +122,7 @@ def test_an_expert_is_idle_from_its_last_token_on(served, monkeypatch):
     usage = served.state.registry.get("some").usage
     selected = []
     for now in (100.0, 130.0):
-        monkeypatch.setattr(usage.recent[2], "_clock", lambda now=now: now)
+        monkeypatch.setattr(usage, "_clock", lambda now=now: now)
         before = usage.of_layer(2).sum(axis=0)
         served.post("/v1/completions", {"model": "some", "prompt": str(now)[:2], "max_tokens": 1})
         selected.append(set(np.flatnonzero(usage.of_layer(2).sum(axis=0) - before).tolist()))
