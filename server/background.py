@@ -1,4 +1,4 @@
-"""One thread that does pieces of work in turn, at the lowest priority, so that nothing else waits for them.
+"""One thread that does pieces of work in turn, at a low priority, so that nothing else waits for them.
 
 A piece weighs as many tokens as it is about: that is what it keeps in memory while it waits.
 """
@@ -14,17 +14,17 @@ import torch
 logger = logging.getLogger(__name__)
 
 MAX_WAITING_TOKENS = 4096  # 13 KB each with the shipped blocks
-NICENESS = 19
 
 
 class BackgroundWork:
     """Does one piece of work after another in a thread at low priority, behind a bounded queue.
 
-    `failed` is called for every piece that raised.
+    `failed` is called for every piece that raised. `niceness`: 19 has a 68th of the usual share of a busy processor, 10 a
+    ninth.
     """
 
-    def __init__(self, failed: Callable[[], None]) -> None:
-        self._failed = failed
+    def __init__(self, failed: Callable[[], None], niceness: int) -> None:
+        self._failed, self._niceness = failed, niceness
         self._waiting: deque[tuple[Callable[[], None], int]] = deque()
         self._waiting_tokens = 0
         self._changed = threading.Condition()
@@ -69,7 +69,7 @@ class BackgroundWork:
 
     def _run(self) -> None:
         torch.set_num_threads(1)
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), self._niceness)
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._stopping)

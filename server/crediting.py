@@ -1,7 +1,7 @@
 """From a lesson to what each of its tokens says about each expert: plain selections, or credit.
 
 `direct` credit reads the output head once more, `gradient` credit the upper layers, forward and backward. Both are computed
-in a thread of their own at low priority, so that no token waits for them.
+in a thread of their own at a low priority, so that no token waits for them.
 T tokens, K selected experts, C candidates, D key size.
 """
 

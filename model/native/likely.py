@@ -22,7 +22,7 @@ from model.native.simd import LANES, float_of_bits
 
 LEAST = np.float32(-14 * math.log(2))  # log-probability below which a token is one of the rest: p = 6.1e-5
 TILE = 512  # rows of the head, 576 KiB: what a core's own cache holds
-LOGIT_ROWS = 256  # rows of logits alive at once: 24 MiB of bfloat16
+LOGIT_ROWS = 128  # rows of logits alive at once: 12 MiB of bfloat16
 
 
 @njit(error_model="numpy", fastmath=SUMS)
@@ -89,7 +89,8 @@ class LikelyHead:
     def __init__(self, norm: Tensor, eps: float, head: Tensor):
         """norm (H): of the final state; head (V, H)."""
         self._norm, self._eps, self._head = norm.float(), eps, head
-        self._mean = head.mean(0, dtype=torch.float32)
+        sums = [part.float().sum(0) for part in head.split(TILE)]  # never all of the head in float32
+        self._mean = torch.stack(sums).sum(0) / len(head)
         self._helper = ThreadPoolExecutor(1, "credit", unbind)
 
     def gradient(self, hidden: Tensor, targets: Tensor) -> Tensor:
