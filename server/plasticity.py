@@ -27,7 +27,6 @@ from server.engine.sequence import Lesson
 logger = logging.getLogger(__name__)
 
 MAX_OPEN_WINDOWS = 256  # scopes whose current window is not full yet; beyond that some are closed early
-NICENESS = {"direct": 10, "gradient": 19}  # by rule; the engine waits for the one, and not for the other
 DRAIN_S = 10.0  # how long a flush waits for credit that is still being computed
 
 
@@ -84,8 +83,7 @@ class Teacher:
         self._lock = threading.RLock()
         store.news.deleted.add(self.discard)
         store.news.replaced.add(self.discard)
-        niceness = NICENESS.get(gravity.rule)
-        self.background = None if niceness is None else BackgroundWork(self._count_failed, niceness)
+        self.background = None if gravity.rule == "literal" else BackgroundWork(self._count_failed)
 
     @property
     def credits_whole_prompts(self) -> bool:

@@ -53,9 +53,9 @@ class CompiledWeights:
         given = (norm, matrix, *inner, last)
         if any(p.requires_grad or p.dtype != torch.float32 or p.device.type != "cpu" for p in given):
             return None
-        together = torch.stack([*inner, last.transpose(1, 2)], dim=2)  # (E, F, parts, H)
-        rounded = [weights.bfloat16() for weights in (matrix.detach(), together)]
-        if not (torch.equal(rounded[0].float(), matrix) and torch.equal(rounded[1].float(), together)):
+        rounded = [matrix.detach().bfloat16(), experts.side_by_side(stacked, torch.bfloat16).detach()]
+        parts = zip(rounded[1].unbind(2), (*inner, last.transpose(1, 2)), strict=True)
+        if not all(torch.equal(own.float(), exact) for own, exact in ((rounded[0], matrix), *parts)):
             return None
         weight = norm.detach().numpy().copy()
         outputs, matrices = (bits.view(torch.int16).numpy().view(np.uint16) for bits in rounded)

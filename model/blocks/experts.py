@@ -79,7 +79,7 @@ class Experts(nn.Module):
         name, shape = last
         self.register_parameter(name, nn.Parameter(torch.zeros(num_experts, *shape)))
         self._unbound: tuple[Stacked, tuple[tuple[Tensor, ...], ...]] | None = None
-        self._converted: tuple[Stacked, torch.dtype, tuple[Tensor, ...]] | None = None
+        self._converted: tuple[tuple[Stacked, Tensor], ...] = ()
 
     @property
     def num_experts(self) -> int:
@@ -141,21 +141,25 @@ class Experts(nn.Module):
 
         Two products over all experts at once, taken in `dtype`; no output (T, E, H) is ever made.
         """
-        *inner, last = self._side_by_side(dtype)
+        *inner, last = (part.flatten(0, 1) for part in self.side_by_side(self.stacked, dtype).unbind(2))
         activations = self.activate(*(F.linear(rows.to(dtype), matrix) for matrix in inner))  # (T, E * F)
-        projected = directions.to(dtype) @ last  # (T, E * F)
+        projected = F.linear(directions.to(dtype), last)  # (T, E * F)
         return (activations * projected).unflatten(1, (self.num_experts, -1)).sum(-1, dtype=torch.float32)
 
-    def _side_by_side(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """Inner matrices (E * F, H) and the last (H, E * F). Frozen ones of another type are converted once."""
-        stacked = self.stacked
-        if self._converted is not None and self._converted[0] is stacked and self._converted[1] is dtype:
-            return self._converted[2]
-        *inner, last = (matrix.to(dtype) for matrix in stacked.values())
-        flat = (*(matrix.flatten(0, 1) for matrix in inner), last.transpose(0, 1).flatten(1))
-        if all(matrix.dtype != dtype and not matrix.requires_grad for matrix in stacked.values()):
-            self._converted = stacked, dtype, flat
-        return flat
+    def side_by_side(self, stacked: Stacked, dtype: torch.dtype) -> Tensor:
+        """(E, F, parts, H): matrices that are in force or will be, the last transposed.
+
+        Frozen ones of another type are converted once.
+        """
+        for of, converted in self._converted:
+            if of is stacked and converted.dtype == dtype:
+                return converted
+        *inner, last = stacked.values()
+        together = torch.stack([*inner, last.transpose(1, 2)], dim=2).to(dtype)
+        if not any(matrix.requires_grad or matrix.dtype == dtype for matrix in stacked.values()):
+            in_force = [each for each in self._converted if each[0] is self.stacked]
+            self._converted = (*in_force, (stacked, together))
+        return together
 
     @staticmethod
     @abstractmethod
