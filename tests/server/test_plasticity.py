@@ -88,7 +88,9 @@ def test_lessons_of_a_step_and_an_endpoint_share_one_pass_through_the_head(tiny,
     for lesson, gradient in zip(together, alone, strict=True):
         assert torch.allclose(direct_gradient(tiny.model, lesson), gradient, atol=1e-6)
     assert passes == [50, 1]
-    assert all(lesson.beside == () for lesson in together), "they would keep each other, and their keys, in memory"
+    assert all(lesson.beside == () for lesson in together), (
+        "they would keep each other, and their keys, in memory"
+    )
 
 
 def windows_of(tiny, store, chunks, **config):
