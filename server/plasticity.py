@@ -8,7 +8,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -137,7 +136,10 @@ class Teacher:
         if self.background is None:
             then(self._crediting.rows(lesson, reward, self._store.experts.settling_ids(scope)))
             return
-        work = partial(self._credit_in_turn, scope, lesson, reward, then)
+
+        def work() -> None:
+            then(self._rows_in_turn(scope, lesson, reward))
+
         if not self.background.put(work, len(lesson.targets), wait=self._gravity.rule == "direct"):
             self._store.count_dropped("credit_behind")
             then(None)
@@ -215,11 +217,6 @@ class Teacher:
             traces[layer] = rows.cut(slice(tokens)).trace(self._gravity, self._anchor_norms[layer], experts)
         window.tokens -= tokens
         return traces
-
-    def _credit_in_turn(
-        self, scope: ScopeId, lesson: Lesson, reward: float, then: Callable[[RowsByLayer | None], None]
-    ) -> None:
-        then(self._rows_in_turn(scope, lesson, reward))
 
     def _rows_in_turn(self, scope: ScopeId, lesson: Lesson, reward: float) -> RowsByLayer | None:
         try:

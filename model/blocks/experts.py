@@ -141,22 +141,29 @@ class Experts(nn.Module):
 
         Two products over all experts at once, taken in `dtype`; no output (T, E, H) is ever made.
         """
-        *inner, last = (part.flatten(0, 1) for part in self.side_by_side(self.stacked, dtype).unbind(2))
+        *inner, last = self._flat(dtype)
         activations = self.activate(*(F.linear(rows.to(dtype), matrix) for matrix in inner))  # (T, E * F)
         projected = F.linear(directions.to(dtype), last)  # (T, E * F)
         return (activations * projected).unflatten(1, (self.num_experts, -1)).sum(-1, dtype=torch.float32)
 
-    def side_by_side(self, stacked: Stacked, dtype: torch.dtype) -> Tensor:
-        """(E, F, parts, H): matrices that are in force or will be, the last transposed.
+    def _flat(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Every matrix over all experts, (E * F, H); what has the type already is copied no more than it must be."""
+        *inner, last = self.stacked.values()
+        if last.dtype == dtype:
+            return (*(matrix.flatten(0, 1) for matrix in inner), last.transpose(0, 1).flatten(1).T)
+        return tuple(part.flatten(0, 1) for part in self.side_by_side(self.stacked, dtype).unbind(2))
 
-        Frozen ones of another type are converted once.
+    def side_by_side(self, stacked: Stacked, dtype: torch.dtype) -> Tensor:
+        """(E, F, parts, H): matrices of another type that are in force or will be, the last transposed.
+
+        Frozen ones are converted once.
         """
         for of, converted in self._converted:
             if of is stacked and converted.dtype == dtype:
                 return converted
         *inner, last = stacked.values()
         together = torch.stack([*inner, last.transpose(1, 2)], dim=2).to(dtype)
-        if not any(matrix.requires_grad or matrix.dtype == dtype for matrix in stacked.values()):
+        if not any(matrix.requires_grad for matrix in stacked.values()):
             in_force = [each for each in self._converted if each[0] is self.stacked]
             self._converted = (*in_force, (stacked, together))
         return together

@@ -130,9 +130,8 @@ class Engine:
         step that failed, because whoever waits for a lesson must hear of it.
         """
         lessons, self._lessons = tuple(self._lessons), []
-        for (
-            lesson
-        ) in lessons:  # all of them first: whoever credits one, maybe at once, takes its neighbours along
+        # All of them first: whoever credits one, maybe at once, takes its neighbours along.
+        for lesson in lessons:
             lesson.beside = lessons
         for lesson in lessons:
             assert lesson.sequence.teach is not None, lesson.sequence.sequence_id

@@ -130,6 +130,5 @@ class Lesson:
     targets: torch.Tensor
     offsets: Mapping[int, torch.Tensor] | None = None  # value offsets that the rows were computed with
     gradient: torch.Tensor | None = None  # (T, H): direct credit's G, once somebody has computed it
-    beside: tuple[
-        "Lesson", ...
-    ] = ()  # until its gradient is computed: the lessons of its step, itself among them
+    # Until its gradient is computed: the lessons of its step, itself among them.
+    beside: tuple["Lesson", ...] = ()

@@ -27,7 +27,7 @@ def attend(
     length: int,
     config: ModelConfig,
 ) -> Tensor:
-    """What `model.graphs.attention.attend_unrotated` does, from projections (R, (Q + 2 G) * D).
+    """What `model.graphs.attention.attend_pooled` does, from projections (R, (Q + 2 G) * D) that are not rotated yet.
 
     `rope`: cos and sin of all positions; positions and first_blocks (R), below `length` the former; one layer's pool
     (blocks, POSITION_BLOCK, G, D). Returns (R, Q * D).
