@@ -89,6 +89,7 @@ class Deployment:
             "LIBRATION_KEY_STORE__SHARDS": str(SHARDS),
             "LIBRATION_KEY_STORE__HMAC_SECRET": "of this test",
             "LIBRATION_KEY_STORE__VERSIONS_IN_MEMORY": "2",
+            "LIBRATION_FEEDBACK__KEEP_ANSWERS": "1",  # each keeps the keys that wrote it
             "LIBRATION_WORKER__LEASE_S": str(LEASE_S),
             "LIBRATION_SERVER__API_KEYS": json.dumps(keys),
             "LIBRATION_ENDPOINTS": json.dumps({"tiny": tiny | {"gravity": {"window_tokens": 32}}}),
