@@ -2,8 +2,9 @@
 
     python bench/compare.py [--rounds 5] [--starts 3] [--threads 2] [--modes dense "some, learning"] [--peers transformers llama.cpp]
 
-Every round measures everybody once, beginning with another one each time: the first token of a 512-token prompt, 64 new
-tokens behind 64 at one stream, and the same at eight. All get the same prompts (token ids of Python's own library), write
+Every round measures everybody once, in an order of its own, drawn by lot (whoever always comes behind the same other one is
+measured with what that one left in the caches): the first token of a 512-token prompt, 64 new tokens behind 64 at one
+stream, and the same at eight. All get the same prompts (token ids of Python's own library), write
 greedily, ignore the end token, and are timed as a whole: prompt and answer. Libration is measured over HTTP, the peers in
 processes of their own that get token ids through a pipe. Medians over rounds, and medians of the ratios within a round.
 
@@ -16,6 +17,7 @@ import argparse
 import asyncio
 import json
 import os
+import random
 import statistics
 import sys
 import tempfile
@@ -64,8 +66,7 @@ async def take_turns(sides: Sequence[Side], rounds: int) -> dict[str, list[Figur
     """Figures by side and round; an unmeasured round warms everybody up."""
     results: dict[str, list[Figures]] = {side.name: [] for side in sides}
     for number in range(rounds + 1):
-        start = number % len(sides)
-        for side in (*sides[start:], *sides[:start]):
+        for side in random.Random(number).sample(sides, len(sides)):
             measured = await measure(side, 1000 * number)
             results[side.name] += [measured] if number else []
         print(f"round {number} of {rounds}", file=sys.stderr)
