@@ -117,7 +117,7 @@ def test_a_peer_is_measured_through_its_pipe():
 
 
 def test_everybody_gets_the_same_prompts_each_round_and_no_prompt_comes_twice():
-    seen: dict[str, list[tuple[int, ...]]] = {"a": [], "b": []}
+    seen: dict[str, list[tuple[int, ...]]] = {"a": [], "b": [], "c": []}
     order: list[str] = []
 
     def side(name: str) -> Side:
@@ -128,11 +128,15 @@ def test_everybody_gets_the_same_prompts_each_round_and_no_prompt_comes_twice():
 
         return Side(name, generate, 0.0)
 
-    results = asyncio.run(take_turns([side("a"), side("b")], rounds=2))
-    assert seen["a"] == seen["b"]
-    assert len({prompt[:8] for prompt in seen["a"]}) == 3 * (2 + STREAMS), "no common beginnings either"
-    assert order == [*"aaabbb", *"bbbaaa", *"aaabbb"], "rounds begin with another side each time"
-    assert [len(each) for each in results.values()] == [2, 2], "the first round is not counted"
+    results = asyncio.run(take_turns([side("a"), side("b"), side("c")], rounds=7))
+    assert seen["a"] == seen["b"] == seen["c"]
+    assert len({prompt[:8] for prompt in seen["a"]}) == 8 * (2 + STREAMS), "no common beginnings either"
+    turns = ["".join(order[at : at + 9 : 3]) for at in range(0, len(order), 9)]
+    assert [sorted(turn) for turn in turns] == [["a", "b", "c"]] * 8, "everybody once a round"
+    assert {turn[turn.index("a") - 1] for turn in turns if turn[0] != "a"} == {"b", "c"}, (
+        "nobody has one neighbour"
+    )
+    assert [len(each) for each in results.values()] == [7] * 3, "the first round is not counted"
 
 
 def test_the_machine_is_told_with_commit_and_load():
