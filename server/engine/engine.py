@@ -77,15 +77,26 @@ class Engine:
             return
         self.counters.steps += 1
         writing = [(s, count) for s, count in plan if s.decoding]
-        if self._reading is None and not writing:
-            self._compute(plan)
+        chunks = [(s, count) for s, count in plan if not s.decoding]
+        read_whole = self._reading is None and self._begin_together(writing, chunks)
+        started = self._clock()
+        self._compute(writing)
+        if read_whole:
+            self._compute(chunks)
         else:
-            started = self._clock()
-            self._compute(writing)
             now = self._clock()
-            chunks = [(s, count) for s, count in plan if not s.decoding]
             self._read_on(chunks, now + READING_SHARE * (now - started))
         self.model.settle()
+
+    def _begin_together(self, writing: Batch, chunks: Batch) -> bool:
+        """Whether nobody waits long for these chunks: nobody writes, or who does has its first token only.
+
+        The first prompt of many that come at once does not wait for them, so the others are here when it has been read.
+        Read in parts beside one that writes they would take three times as long. With its own they are a step's tokens at most.
+        """
+        tokens = sum(count for _, count in chunks) + sum(len(s.prompt_token_ids) for s, _ in writing)
+        few = not writing or tokens <= self.scheduler.config.step_tokens
+        return few and all(len(s.generated) == 1 for s, _ in writing)
 
     def _compute(self, batch: Batch) -> None:
         if batch:

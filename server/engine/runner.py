@@ -19,7 +19,6 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 IDLE_BEAT_S = 0.5  # an idle engine shows that it is alive this often
-GATHER_S, GATHER_AT_MOST_S = 0.002, 0.01  # how long an idle engine waits for one more, and for all of them
 
 
 class EngineRunner:
@@ -155,21 +154,12 @@ class EngineRunner:
             nothing_to_do = self.engine.idle or self.engine.resting
             if not self._inbox and not self._errands and nothing_to_do and not self._stopping:
                 self._wake.wait(IDLE_BEAT_S)
-            if self._inbox and self.engine.idle:
-                self._gather()
             while self._inbox:
                 self.engine.scheduler.waiting.append(self._inbox.popleft())
             errands = [*self._errands]
             self._errands.clear()
         for errand in errands:
             errand()
-
-    def _gather(self) -> None:
-        """Prompts that come together are read together: wait a moment longer while more of them come."""
-        until, known = time.monotonic() + GATHER_AT_MOST_S, 0
-        while len(self._inbox) > known and time.monotonic() < until and not self._stopping:
-            known = len(self._inbox)
-            self._wake.wait(GATHER_S)
 
     def _step(self) -> None:
         try:

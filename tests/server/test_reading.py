@@ -88,10 +88,17 @@ def alone(engine, prompt, max_tokens):
     return written(events)
 
 
+def begin(engine, prompt, max_tokens):
+    """A request that has written more than its first token."""
+    _, events = request(engine, prompt, max_tokens)
+    engine.step()
+    engine.step()
+    return events
+
+
 def test_who_writes_gets_tokens_while_a_long_prompt_is_read_and_both_write_what_they_write_alone(engine):
     expected = alone(engine, 10, 40), alone(engine, 300, 5)
-    _, writer = request(engine, 10, 40)
-    engine.step()
+    writer = begin(engine, 10, 40)
     long, reader = request(engine, 300, 5)
     before = len(written(writer))
     while long.prefilled == 0:
@@ -102,10 +109,35 @@ def test_who_writes_gets_tokens_while_a_long_prompt_is_read_and_both_write_what_
     assert engine.cache.reserved_tokens == 0
 
 
+def test_prompts_that_come_while_the_first_is_read_are_read_before_its_third_token(engine):
+    lengths = (30, 20, 25, 15)
+    expected = [alone(engine, prompt, 6) for prompt in lengths]
+    _, first = request(engine, lengths[0], 6)
+    engine.step()
+    others = [request(engine, prompt, 6)[1] for prompt in lengths[1:]]
+    engine.step()
+    assert [len(written(events)) for events in (first, *others)] == [2, 1, 1, 1]
+    late = request(engine, 70, 6)[1]
+    engine.step()
+    assert not written(late), "who has waited once waits no more"
+    run(engine)
+    assert [written(events) for events in (first, *others)] == expected
+
+
+def test_who_has_just_begun_to_write_does_not_wait_for_more_tokens_than_one_step_takes(engine):
+    engine.scheduler.config = SchedulerConfig(prefill_chunk=64, step_tokens=64)
+    _, first = request(engine, 10, 20)
+    engine.step()
+    long, _ = request(engine, 60, 5)
+    engine.step()
+    assert long.prefilled == 0
+    assert len(written(first)) == 2
+    run(engine)
+
+
 def test_a_prompt_that_nobody_waits_for_any_more_is_given_up_between_two_parts(engine):
     expected = alone(engine, 10, 40)
-    _, writer = request(engine, 10, 40)
-    engine.step()
+    writer = begin(engine, 10, 40)
     long, reader = request(engine, 300, 5)
     engine.step()
     assert long.prefilled == 0
@@ -119,8 +151,7 @@ def test_a_prompt_that_nobody_waits_for_any_more_is_given_up_between_two_parts(e
 
 def test_of_two_prompts_that_are_read_together_one_may_leave(engine):
     expected = alone(engine, 150, 5)
-    request(engine, 10, 60)
-    engine.step()
+    begin(engine, 10, 60)
     (leaving, _), (_, staying) = request(engine, 140, 5), request(engine, 150, 5)
     engine.step()
     leaving.ended = "cancelled"
@@ -131,8 +162,7 @@ def test_of_two_prompts_that_are_read_together_one_may_leave(engine):
 
 def test_a_step_that_fails_within_a_prompt_leaves_nothing_of_it(engine, monkeypatch):
     expected = alone(engine, 300, 5)
-    request(engine, 10, 40)
-    engine.step()
+    begin(engine, 10, 40)
     request(engine, 300, 5)
     engine.step()
     monkeypatch.setattr(engine.model, "step", lambda segments: 1 / 0)
