@@ -21,6 +21,7 @@ from server.cli_settings import CONFIG_OPTION, checked_settings, errors_shown, f
 from server.cli_tables import JSON_OPTION
 from server.cli_train import train
 from server.cli_worker import worker
+from server.memory import share_one_heap
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -63,6 +64,7 @@ def serve(
         # The engine's compute threads wait for each other at every product. Left to itself the kernel often wakes
         # one on the other's processor, which costs a third of the throughput (docs/performance.md).
         os.environ.setdefault("OMP_PROC_BIND", "true")
+    share_one_heap()
     # Torch and FAISS take a second to import: only the command that needs them pays for it.
     from server.start import serve_until_signal
 
