@@ -15,7 +15,7 @@ import numpy as np
 
 from keystore.backends.audit import canonical_json
 from keystore.backends.base import PoolEvent, RowChanges
-from keystore.records import Float32Array
+from keystore.records import Float32Array, Int64Array
 from keystore.settling import SettlingState
 
 _KEYS_MAGIC, _USAGE_MAGIC, _SETTLING_MAGIC = b"LKD1", b"LKU1", b"LKS2"
@@ -39,13 +39,20 @@ def unpack_changes(blob: bytes) -> Mapping[int, RowChanges]:
     changes: dict[int, RowChanges] = {}
     for _ in range(reader.unpack(_COUNT)[0]):
         layer, rows, dim = reader.unpack(_KEYS_HEADER)
-        ids = np.frombuffer(reader.take(8 * rows), "<i8").astype(np.int64)
-        if rows and (ids[0] < 0 or (np.diff(ids) <= 0).any()):
-            raise ValueError(f"expert ids of layer {layer} are not rising from 0")
+        ids = take_rising_ids(reader, rows)
         values = np.frombuffer(reader.take(4 * rows * dim), "<f4").astype(np.float32)
         changes[layer] = RowChanges(ids, values.reshape(rows, dim))
     reader.finish()
     return changes
+
+
+def take_rising_ids(reader: Reader, count: int) -> Int64Array:
+    """Expert ids, none twice. Raises ValueError."""
+    ids = np.frombuffer(reader.take(8 * count), "<i8").astype(np.int64)
+    # Compared, not subtracted: differences of hostile ids wrap around.
+    if count and (ids[0] < 0 or (ids[1:] <= ids[:-1]).any()):
+        raise ValueError("expert ids are not rising from 0")
+    return ids
 
 
 def pack_usage(usage: Mapping[int, Float32Array]) -> bytes:

@@ -18,7 +18,7 @@ from uuid import UUID
 import numpy as np
 from numpy.typing import NDArray
 
-from keystore.backends.blobs import Reader
+from keystore.backends.blobs import Reader, take_rising_ids
 from keystore.errors import KeyStoreError
 from keystore.records import Float64Array, Int64Array, ScopeId
 from keystore.statistics import LayerStats, RoutingStats, UtilityStats
@@ -143,9 +143,9 @@ def _unpack_utility(reader: Reader, experts: int, dim: int) -> UtilityStats:
 
 
 def _rising_ids(reader: Reader, count: int, experts: int) -> Int64Array:
-    ids = np.frombuffer(reader.take(8 * count), "<i8").astype(np.int64)
-    if count and (ids[0] < 0 or ids[-1] >= experts or (np.diff(ids) <= 0).any()):
-        raise ValueError(f"expert ids are not rising within 0..{experts - 1}")
+    ids = take_rising_ids(reader, count)
+    if count and ids[-1] >= experts:
+        raise ValueError(f"expert ids up to {ids[-1]}; allowed: 0..{experts - 1}")
     return ids
 
 

@@ -121,6 +121,14 @@ def test_sizes_that_would_fill_the_memory_are_refused_before_any_is_taken() -> N
             unpack_window(huge, SHAPES, bonding=False)
 
 
+def test_ids_so_far_apart_that_their_difference_wraps_around_are_refused() -> None:
+    blob = pack_window(sent())
+    at = blob.index(struct.pack("<iI", 3, 16)) + struct.calcsize("<iIIIB")
+    wrapping = struct.pack("<qq", 2**62, -(2**62) - 1 - 2**61)  # within two rising ids
+    with pytest.raises(ValueError, match="not rising"):
+        unpack_window(blob[: at + 8] + wrapping + blob[at + 24 :], SHAPES, bonding=False)
+
+
 @given(st.data())
 def test_hostile_bytes_are_refused_or_are_statistics(data: st.DataObject) -> None:
     blob = bytearray(pack_window(sent(coactivation=True, settling=True)))
