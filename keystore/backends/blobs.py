@@ -39,20 +39,11 @@ def unpack_changes(blob: bytes) -> Mapping[int, RowChanges]:
     changes: dict[int, RowChanges] = {}
     for _ in range(reader.unpack(_COUNT)[0]):
         layer, rows, dim = reader.unpack(_KEYS_HEADER)
-        ids = take_rising_ids(reader, rows)
+        ids = reader.rising_ids(rows)
         values = np.frombuffer(reader.take(4 * rows * dim), "<f4").astype(np.float32)
         changes[layer] = RowChanges(ids, values.reshape(rows, dim))
     reader.finish()
     return changes
-
-
-def take_rising_ids(reader: Reader, count: int) -> Int64Array:
-    """Expert ids, none twice. Raises ValueError."""
-    ids = np.frombuffer(reader.take(8 * count), "<i8").astype(np.int64)
-    # Compared, not subtracted: differences of hostile ids wrap around.
-    if count and (ids[0] < 0 or (ids[1:] <= ids[:-1]).any()):
-        raise ValueError("expert ids are not rising from 0")
-    return ids
 
 
 def pack_usage(usage: Mapping[int, Float32Array]) -> bytes:
@@ -138,6 +129,14 @@ class Reader:
 
     def unpack(self, layout: struct.Struct) -> tuple[Any, ...]:  # Any: as the layout says
         return layout.unpack(self.take(layout.size))
+
+    def rising_ids(self, count: int) -> Int64Array:
+        """The next expert ids, none twice. Raises ValueError."""
+        ids = np.frombuffer(self.take(8 * count), "<i8").astype(np.int64)
+        # Compared, not subtracted: differences of hostile ids wrap around.
+        if count and (ids[0] < 0 or (ids[1:] <= ids[:-1]).any()):
+            raise ValueError("expert ids are not rising from 0")
+        return ids
 
     def finish(self) -> None:
         if self.at != len(self._blob):

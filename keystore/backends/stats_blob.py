@@ -18,7 +18,7 @@ from uuid import UUID
 import numpy as np
 from numpy.typing import NDArray
 
-from keystore.backends.blobs import Reader, take_rising_ids
+from keystore.backends.blobs import Reader
 from keystore.errors import KeyStoreError
 from keystore.records import Float64Array, Int64Array, ScopeId
 from keystore.statistics import LayerStats, RoutingStats, UtilityStats
@@ -143,7 +143,7 @@ def _unpack_utility(reader: Reader, experts: int, dim: int) -> UtilityStats:
 
 
 def _rising_ids(reader: Reader, count: int, experts: int) -> Int64Array:
-    ids = take_rising_ids(reader, count)
+    ids = reader.rising_ids(count)
     if count and ids[-1] >= experts:
         raise ValueError(f"expert ids up to {ids[-1]}; allowed: 0..{experts - 1}")
     return ids

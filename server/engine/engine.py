@@ -85,7 +85,7 @@ class Engine:
             self._compute(chunks)
         else:
             now = self._clock()
-            self._read_on(chunks, now + READING_SHARE * (now - started))
+            self._read_on(chunks, now + self._reading_share(len(writing)) * (now - started))
         self.model.settle()
 
     def _begin_together(self, writing: Batch, chunks: Batch) -> bool:
@@ -97,6 +97,11 @@ class Engine:
         tokens = sum(count for _, count in chunks) + sum(len(s.prompt_token_ids) for s, _ in writing)
         few = not writing or tokens <= self.scheduler.config.step_tokens
         return few and all(len(s.generated) == 1 for s, _ in writing)
+
+    def _reading_share(self, writing: int) -> float:
+        """Of the time that a token of those who write takes: more where more wait for their first token than write."""
+        reading = sum(not s.decoding and not s.resting for s in self.scheduler.running)
+        return READING_SHARE * max(1.0, reading / max(1, writing))
 
     def _compute(self, batch: Batch) -> None:
         if batch:

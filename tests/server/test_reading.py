@@ -135,6 +135,28 @@ def test_who_has_just_begun_to_write_does_not_wait_for_more_tokens_than_one_step
     run(engine)
 
 
+@pytest.mark.parametrize(("readers", "at_once"), [(1, 1), (2, 1), (4, 4)])
+def test_where_more_wait_for_their_first_token_than_write_more_is_read_beside_a_token(
+    engine, monkeypatch, readers, at_once
+):
+    reading, parts = engine.model.reading, []
+
+    def counted(segments, *, pauses):
+        for part in reading(segments, pauses=pauses):
+            parts.append(part)
+            yield part
+
+    begin(engine, 10, 40)
+    monkeypatch.setattr(engine.model, "reading", counted)
+    for _ in range(readers):
+        request(engine, 100, 5)
+    before = 0
+    for _ in range(5):
+        engine.step()
+        assert len(parts) - before == at_once
+        before = len(parts)
+
+
 def test_a_prompt_that_nobody_waits_for_any_more_is_given_up_between_two_parts(engine):
     expected = alone(engine, 10, 40)
     writer = begin(engine, 10, 40)
