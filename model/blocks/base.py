@@ -85,6 +85,8 @@ class ExpertBlock(nn.Module):
 
     # Learning rates relative to the rest, by parameter name: a scalar that starts at zero must not wait for Adam.
     rate_scale: ClassVar[Mapping[str, float]] = {}
+    # Of a prompt, the most rows that it takes in one call: whoever writes beside it waits for a whole one. None: any number.
+    rows_at_once: ClassVar[int | None] = None
 
     def __init__(self, config: BlockConfig):
         super().__init__()

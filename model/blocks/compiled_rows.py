@@ -37,6 +37,11 @@ class Variant:
         init=False, default_factory=WeakKeyDictionary["KeyView | ExpertUsage", About]
     )
 
+    @property
+    def rows_at_once(self) -> int | None:
+        """Of a prompt, the most rows that all its blocks take in one call; None: any number."""
+        return min((n for block in self.blocks.values() if (n := block.rows_at_once)), default=None)
+
 
 @dataclass(slots=True)
 class BlockRows:

@@ -7,6 +7,7 @@ of emb(t) does not depend on x, so it becomes one bias per integration time. T t
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,7 @@ class FmMoeBlock(ExpertBlock):
     """One layer of flow-matching experts."""
 
     config: FmMoeConfig
+    rows_at_once: ClassVar = 128  # some 10 ms
 
     def __init__(self, config: FmMoeConfig):
         super().__init__(config)

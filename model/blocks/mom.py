@@ -44,6 +44,7 @@ class MomBlock(ExpertBlock):
 
     config: MomConfig
     rate_scale: ClassVar = {"gamma": 10.0}
+    rows_at_once: ClassVar = 128  # some 10 ms
 
     def __init__(self, config: MomConfig):
         super().__init__(config)

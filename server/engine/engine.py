@@ -183,6 +183,8 @@ class Engine:
 
     def _prepare(self, sequence: Sequence) -> None:
         sequence.admitted_at = self._clock()
+        if (variant := self._variant_of(sequence)) is not None:
+            sequence.rows_at_once = variant.rows_at_once
         sequence.cache = self.cache.reserve(sequence.reservation)
         self.prefixes.give_way()
         if sequence.prefix is not None and sequence.prefix.takes:

@@ -58,7 +58,8 @@ class Scheduler:
         return sorted(work, key=lambda item: (not item[0].decoding, item[0].variant or ""))
 
     def _chunk(self, sequence: Sequence) -> int:
-        chunk = min(self.config.prefill_chunk, len(sequence.prompt_token_ids) - sequence.prefilled)
+        most = min(self.config.prefill_chunk, sequence.rows_at_once or self.config.prefill_chunk)
+        chunk = min(most, len(sequence.prompt_token_ids) - sequence.prefilled)
         if sequence.renewal is None:
             return chunk
         return min(chunk, sequence.renewal.tokens_to_border(sequence.prefilled))

@@ -79,6 +79,9 @@ class Sequence:
     newest_offsets: Callable[[KeyView], Mapping[int, torch.Tensor]] | None = None  # for renewed keys
     renewal: KeyRenewal | None = None  # of the keys while the prompt is being read; None: they stay
     prefix: PrefixUse | None = None  # None: its rows are like nobody else's
+    rows_at_once: int | None = (
+        None  # of its prompt, as its variant's blocks want; None: as the scheduler says
+    )
     admitted_at: float | None = None
     first_token_at: float | None = None
     last_token_at: float | None = None

@@ -48,6 +48,13 @@ def test_a_prompt_is_cut_at_multiples_of_the_chunk_whatever_runs_beside_it(sched
     assert counts == [(0, 8), (8, 8), (16, 4)]
 
 
+def test_a_prompt_whose_blocks_take_few_rows_at_once_is_cut_shorter_but_never_longer(scheduler):
+    short, long = sequence(prompt=20), sequence(prompt=20)
+    short.rows_at_once, long.rows_at_once = 3, 100
+    admit(scheduler, short, long)
+    assert [count for _, count in scheduler.plan()] == [3, 8]
+
+
 def test_decoding_sequences_are_in_every_batch(scheduler):
     writing, reading = sequence(), sequence(prompt=100)
     writing.prefilled = 10

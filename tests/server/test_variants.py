@@ -5,6 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from model.blocks.mom import MomBlock
+
 VARIANTS = ("some", "moe", "mom", "fm-moe")
 PROMPT = "How many roads must a man walk down?"
 GREEDY = {"prompt": PROMPT, "temperature": 0, "max_tokens": 10, "ignore_eos": True}
@@ -79,7 +81,22 @@ def test_variants_in_one_batch_answer_as_they_do_alone(served):
     assert together == alone
 
 
-def test_a_long_prompt_in_many_chunks_is_one_prompt_for_blocks_with_memory(served, serve, tmp_path):
+@pytest.mark.parametrize(("model", "longest"), [("moe", 512), ("mom", 128), ("fm-moe", 128)])
+def test_blocks_that_take_long_get_shorter_chunks_of_a_prompt(serve, tmp_path, model, longest):
+    with serve(tmp_path, scheduler=None) as other:
+        other.engine.scheduler.config = type(other.engine.scheduler.config)(
+            prefill_chunk=512, step_tokens=512
+        )
+        before = other.engine.counters.steps
+        tokens = completion(other, model, prompt=PROMPT * 8, max_tokens=1)["usage"]["prompt_tokens"]
+        assert 256 < tokens <= 512
+        assert other.engine.counters.steps - before == -(-tokens // longest)
+
+
+def test_a_long_prompt_in_many_chunks_is_one_prompt_for_blocks_with_memory(
+    served, serve, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(MomBlock, "rows_at_once", None)
     prompt = PROMPT * 8  # more than four chunks of 64
     with serve(tmp_path, scheduler=None) as other:
         other.engine.scheduler.config = type(other.engine.scheduler.config)(
