@@ -51,7 +51,7 @@ def draw(sweeps: Sequence[Sweep], subtitle: str, path: Path) -> None:
         axes.set_xscale("log", base=2)
         axes.set_xticks(list(sweep.columns), [f"{column:,}" for column in sweep.columns])
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
         axes.set_title(sweep.title, fontsize=10)
         axes.set_xlabel(sweep.size)
         axes.set_ylabel("tokens/s")
