@@ -255,6 +255,7 @@ def test_chunks_end_at_borders_and_a_resting_prompt_has_none():
             prefilled=prefilled,
             renewal=renewed,
             resting=renewed is not None and renewed.resting,
+            rows_at_once=None,
         )
 
     made = KeyRenewal(64, SimpleNamespace(version=0), lambda: None)
