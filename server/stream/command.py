@@ -60,14 +60,17 @@ def stream(settings: Settings, job: StreamJob, threads: int, *, as_json: bool) -
             f"endpoint {job.endpoint!r} is not configured; there are {', '.join(settings.endpoints)}"
         )
     endpoint = settings.endpoints[job.endpoint]
+    if not endpoint.has_keys:
+        raise StreamTextMissing(
+            f"variant {endpoint.variant!r} has no routing keys: only a `some` or a plastic endpoint can learn"
+        )
+    texts = texts_in(job.text)
     torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
     base = open_base(endpoint.model, torch.bfloat16, settings.data_dir / "cache")
     blocks = some_blocks(endpoint, base)
     rules = rules_of(endpoint, job)
     window = job.window or endpoint.gravity.window_tokens
-    pieces = cut(
-        texts_in(job.text), base.tokenizer, window, wanted=job.max_tokens and -(-job.max_tokens // window)
-    )
+    pieces = cut(texts, base.tokenizer, window, wanted=job.max_tokens and -(-job.max_tokens // window))
     if not len(pieces):
         raise StreamTextMissing(f"{job.text} has no text file of more than {window} tokens")
     held_out = canary_windows(base.tokenizer, job.held_out, base.transformer.config.max_position_embeddings)[
@@ -101,12 +104,9 @@ def stream(settings: Settings, job: StreamJob, threads: int, *, as_json: bool) -
 
 
 def some_blocks(endpoint: EndpointSettings, base: BaseModel) -> Mapping[int, SomeBlock]:
-    """The endpoint's blocks. Raises StreamTextMissing when its routing cannot learn."""
-    folder = load_variant(endpoint, base) if endpoint.has_keys else None
-    if folder is None:
-        raise StreamTextMissing(
-            f"variant {endpoint.variant!r} has no routing keys: only a `some` or a plastic endpoint can learn"
-        )
+    """The endpoint's blocks."""
+    folder = load_variant(endpoint, base)
+    assert folder is not None, endpoint.variant
     return {
         layer: block.requires_grad_(False)
         for layer, block in folder.blocks.items()

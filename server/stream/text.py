@@ -48,16 +48,19 @@ def texts_of_domain(domain: Domain, split: str, seed: int) -> Iterator[Text]:
 
 
 def texts_in(path: Path) -> Iterator[Text]:
-    """A file, or every text file below a folder in the order of their names.
+    """A file, or every text file below a folder in the order of their names, each read when its turn comes.
 
-    Raises FileNotFoundError, and UnicodeDecodeError for a file that is not UTF-8.
+    Raises FileNotFoundError at once, and in its turn UnicodeDecodeError for a file that is not UTF-8.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
     found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in TEXT_SUFFIXES)
-    for each in found:
-        raw = each.read_bytes()
-        yield Text(str(each), raw.decode("utf-8"), hashlib.sha256(raw).hexdigest())
+    return map(_read, found)
+
+
+def _read(path: Path) -> Text:
+    raw = path.read_bytes()
+    return Text(str(path), raw.decode("utf-8"), hashlib.sha256(raw).hexdigest())
 
 
 def cut(

@@ -201,6 +201,7 @@ def test_served_weights_write_what_float32_writes_on_at_least_18_of_20_prompts(r
     assert len(found) <= 2, found
 
 
+@pytest.mark.slow
 def test_without_compiled_code_they_write_it_on_at_least_17_of_20_prompts(real, load_real, monkeypatch):
     """What a processor without the instructions of compiled code does."""
     monkeypatch.setattr(assemble, "supported", lambda: False)
