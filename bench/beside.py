@@ -8,6 +8,7 @@ compared comes from the same streams of the same rounds; modes take turns. The p
 
 import argparse
 import asyncio
+import contextlib
 import itertools
 import os
 import sys
@@ -50,14 +51,9 @@ async def write(
     server: LibrationServer, prompt: list[int], mode: Mode, stamps: list[float], enough: asyncio.Event
 ) -> None:
     """A stream that notes when its tokens come, until somebody has seen enough."""
-    body = {"prompt": prompt, "max_tokens": MOST_TOKENS, "temperature": 0, "ignore_eos": True, "stream": True}
-    async with server.client.stream("POST", "/v1/completions", json=body | dict(mode)) as response:
-        assert response.status_code == 200, await response.aread()
-        async for line in response.aiter_lines():
-            if not line.startswith("data: {"):
-                continue
-            assert not line.startswith('data: {"error"'), line
-            stamps.append(time.monotonic())
+    async with contextlib.aclosing(server.arrivals(prompt, MOST_TOKENS, mode)) as arrivals:
+        async for at in arrivals:
+            stamps.append(at)
             if enough.is_set():
                 return
     raise AssertionError("the streams ended before the prompt was read")

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -86,16 +86,21 @@ class LibrationServer:
         found = [word for word in log.read_text().split() if word.startswith("http://")]
         return found[0].removesuffix("/v1") if found else None
 
-    async def complete(self, prompt: list[int], tokens: int, mode: Mode) -> float:
-        """Seconds until the first token; returns when the whole answer is there."""
+    async def arrivals(self, prompt: list[int], tokens: int, mode: Mode) -> AsyncGenerator[float, None]:
+        """When each piece of an answer comes, by time.monotonic. Whoever closes it leaves the answer."""
         body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": True}
-        started, first = time.monotonic(), 0.0
         async with self.client.stream("POST", "/v1/completions", json=body | dict(mode)) as response:
             assert response.status_code == 200, await response.aread()
             async for line in response.aiter_lines():
                 assert not line.startswith('data: {"error"'), line
-                first = first or time.monotonic() - started
-        return first
+                if line.startswith("data: {"):
+                    yield time.monotonic()
+
+    async def complete(self, prompt: list[int], tokens: int, mode: Mode) -> float:
+        """Seconds until the first token; returns when the whole answer is there."""
+        started = time.monotonic()
+        arrivals = [at async for at in self.arrivals(prompt, tokens, mode)]
+        return arrivals[0] - started
 
     async def generate(self, prompts: list[list[int]], tokens: int, mode: Mode) -> float:
         """Seconds until every prompt, all sent at once, has all its tokens."""

@@ -58,8 +58,9 @@ class Scheduler:
         return sorted(work, key=lambda item: (not item[0].decoding, item[0].variant or ""))
 
     def _chunk(self, sequence: Sequence) -> int:
-        most = min(self.config.prefill_chunk, sequence.rows_at_once or self.config.prefill_chunk)
-        chunk = min(most, len(sequence.prompt_token_ids) - sequence.prefilled)
+        chunk = min(self.config.prefill_chunk, len(sequence.prompt_token_ids) - sequence.prefilled)
+        if sequence.rows_at_once is not None:
+            chunk = min(chunk, sequence.rows_at_once)
         if sequence.renewal is None:
             return chunk
         return min(chunk, sequence.renewal.tokens_to_border(sequence.prefilled))
